@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Everything runs in .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-all lint types format evidence-quickstart clean
+
+# A bare `pip install torch` on Linux brings several GB of CUDA; constraints.txt says which versions we test with.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(VENV): $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/lowbit-lightning fit --config quickstart
+
+test: $(STAMP) lint types
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: $(STAMP) lint types
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# mypy cannot follow setuptools' editable mapping, so it is shown the installed layout through links.
+types: $(STAMP)
+	@rm -rf build/types && mkdir -p build/types/lowbit_lightning
+	@ln -s $(CURDIR)/lowbit_lightning/* $(CURDIR)/kernels $(CURDIR)/configs build/types/lowbit_lightning/
+	MYPYPATH=build/types $(BIN)/mypy -p lowbit_lightning
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+evidence-quickstart: $(STAMP)
+	$(BIN)/python examples/evidence_quickstart.py
+
+clean:
+	rm -rf build runs *.egg-info

@@ -1,0 +1,236 @@
+"""The SOLO step: AdamW whose two moments live in 2 to 8 bits between steps (arXiv 2505.00347).
+
+A parameter is seen as a matrix (shape[0], -1) whose rows are cut into blocks of ``block_size``; blocks never cross
+rows, the last of a row may be short. For every block the moments are decoded, one exact AdamW step is made with the
+fresh fp32 moments, and only then they are encoded again: quantization noise reaches the weights one step later and
+damped by the averages. The first moment uses :mod:`.dynamic`, the second :mod:`.logarithmic`.
+
+State of a (rows, columns) parameter, by key; ``blocks = ceil(columns / block_size)``:
+
+    exp_avg_codes         (rows, packed bytes of a row)  uint8    packed block by block, see :mod:`.packing`
+    exp_avg_scale         (rows, blocks)                 fp32     largest magnitude
+    exp_avg_sq_codes      (rows, packed bytes of a row)  uint8
+    exp_avg_sq_scale      (rows, blocks)                 fp32     D
+    exp_avg_sq_log2_base  (rows, blocks)                 fp32     log₂α
+    exp_avg, exp_avg_sq   (rows, columns)                fp32     instead of the above where a moment has 32 bits
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dynamic import decode_dynamic, encode_dynamic
+from .logarithmic import decode_logarithmic, encode_logarithmic
+from .packing import pack, packed_length, unpack
+from .philox import DRAWS_PER_CALL, block_calls, draw_16bit
+from .stochastic_rounding import round_to_bf16
+
+# Elements that the reference treats at a time: bounds its transient memory, and intermediates stay in a CPU's cache.
+_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class SoloHyperparameters:
+    """What one step of one tensor needs beside the tensors; every number may change from step to step.
+
+    ``beta1`` is the effective β₁ (after momentum adjustment); ``step`` counts from 1; the streams come from
+    :func:`.philox.stream_id`; ``first_row`` is the global row of a shard's first row.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    bits: tuple[int, int]
+    block_size: int
+    quantile: float
+    stochastic_rounding: bool = True
+    bf16_stochastic_rounding: bool = True
+    maximize: bool = False
+    seed: int = 0
+    state_stream: int = 0
+    weight_stream: int = 0
+    first_row: int = 0
+
+
+def row_bytes(columns: int, block_size: int, bits: int) -> int:
+    """Return the packed bytes of a row; blocks are whole bytes, so only the row's last 8 codes can be padded."""
+    full, rest = divmod(columns, block_size)
+    return full * packed_length(block_size, bits) + packed_length(rest, bits)
+
+
+def adamw_update(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: SoloHyperparameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One decoupled-weight-decay Adam step (Loshchilov and Hutter, arXiv 1711.05101), all tensors fp32 of one shape.
+
+    Returns:
+        The new parameter, first and second moment.
+    """
+    exp_avg = exp_avg + (1 - hyper.beta1) * (grad - exp_avg)
+    exp_avg_sq = exp_avg_sq + (1 - hyper.beta2) * (grad * grad - exp_avg_sq)
+    denominator = exp_avg_sq.sqrt() * (1 - hyper.beta2**hyper.step) ** -0.5 + hyper.eps
+    step_size = hyper.lr / (1 - hyper.beta1**hyper.step)
+    param = param * (1 - hyper.lr * hyper.weight_decay) - step_size * (exp_avg / denominator)
+    return param, exp_avg, exp_avg_sq
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Equal blocks of consecutive rows: the full blocks of each row, or its short last one."""
+
+    rows: slice
+    columns: slice
+    blocks: slice
+    length: int
+
+    def elements(self, matrix: Tensor) -> Tensor:
+        """Return a copy of the segment's part of a (rows, columns) matrix as (blocks, length)."""
+        return matrix[self.rows, self.columns].reshape(-1, self.length)
+
+    def codes(self, packed: Tensor, bits: int) -> Tensor:
+        """Return the view (rows, bytes) of the segment's packed codes."""
+        first = self.columns.start * bits // 8
+        count = (self.blocks.stop - self.blocks.start) * packed_length(self.length, bits)
+        return packed[self.rows, first : first + count]
+
+
+def _segments(rows: int, columns: int, block_size: int) -> Iterator[_Segment]:
+    full, rest = divmod(columns, block_size)
+    step = max(1, _CHUNK // max(columns, 1))
+    span = max(1, _CHUNK // block_size)
+    for first_row in range(0, rows, step):
+        chunk = slice(first_row, min(first_row + step, rows))
+        for first in range(0, full, span):
+            blocks = slice(first, min(first + span, full))
+            yield _Segment(chunk, slice(first * block_size, blocks.stop * block_size), blocks, block_size)
+        if rest:
+            yield _Segment(chunk, slice(full * block_size, columns), slice(full, full + 1), rest)
+
+
+def _decode_first(state: Mapping[str, Tensor], segment: _Segment, bits: int) -> Tensor:
+    if bits == 32:
+        return segment.elements(state["exp_avg"])
+    packed = segment.codes(state["exp_avg_codes"], bits).reshape(-1, packed_length(segment.length, bits))
+    scale = state["exp_avg_scale"][segment.rows, segment.blocks].reshape(-1)
+    return decode_dynamic(unpack(packed, bits, segment.length), scale, bits)
+
+
+def _decode_second(state: Mapping[str, Tensor], segment: _Segment, bits: int) -> Tensor:
+    if bits == 32:
+        return segment.elements(state["exp_avg_sq"])
+    packed = segment.codes(state["exp_avg_sq_codes"], bits).reshape(-1, packed_length(segment.length, bits))
+    scale = state["exp_avg_sq_scale"][segment.rows, segment.blocks].reshape(-1)
+    log2_base = state["exp_avg_sq_log2_base"][segment.rows, segment.blocks].reshape(-1)
+    return decode_logarithmic(unpack(packed, bits, segment.length), scale, log2_base, bits)
+
+
+def _write(destination: Tensor, values: Tensor) -> None:
+    destination.copy_(values.reshape(destination.shape))
+
+
+def _encode_first(state: Mapping[str, Tensor], segment: _Segment, values: Tensor, bits: int) -> None:
+    if bits == 32:
+        _write(state["exp_avg"][segment.rows, segment.columns], values)
+        return
+    codes, scale = encode_dynamic(values, bits)
+    _write(segment.codes(state["exp_avg_codes"], bits), pack(codes, bits))
+    _write(state["exp_avg_scale"][segment.rows, segment.blocks], scale)
+
+
+def _encode_second(
+    state: Mapping[str, Tensor],
+    segment: _Segment,
+    values: Tensor,
+    bits: int,
+    quantile: float,
+    rounding: Tensor | float = 0.5,
+) -> None:
+    if bits == 32:
+        _write(state["exp_avg_sq"][segment.rows, segment.columns], values)
+        return
+    codes, scale, log2_base = encode_logarithmic(values, bits, quantile, rounding)
+    _write(segment.codes(state["exp_avg_sq_codes"], bits), pack(codes, bits))
+    _write(state["exp_avg_sq_scale"][segment.rows, segment.blocks], scale)
+    _write(state["exp_avg_sq_log2_base"][segment.rows, segment.blocks], log2_base)
+
+
+def _draws(segment: _Segment, columns: int, hyper: SoloHyperparameters, stream: int, device: torch.device) -> Tensor:
+    """Return (blocks, length) int32 draws. Calls are numbered through each global row, then row by row."""
+    calls_per_block = -(-segment.length // DRAWS_PER_CALL)
+    blocks = segment.blocks.stop - segment.blocks.start
+    calls_per_row = -(-columns // DRAWS_PER_CALL)
+    first = segment.columns.start // DRAWS_PER_CALL
+    row = torch.arange(segment.rows.start, segment.rows.stop, device=device) + hyper.first_row
+    calls = (row * calls_per_row + first).view(-1, 1, 1) + block_calls(0, blocks, calls_per_block, device)
+    draws = draw_16bit(hyper.seed, stream, hyper.step, calls.view(-1, calls_per_block))
+    return draws[:, : segment.length]
+
+
+def solo_step_reference(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], hyper: SoloHyperparameters) -> None:
+    """Make one step in place on any device: the meaning of every other path.
+
+    Args:
+        param: (rows, columns), fp32, bf16 or fp16. bf16 is written with stochastic rounding if ``hyper`` says so.
+        grad: (rows, columns), any floating dtype, finite.
+        state: the tensors listed at the top of this file, changed in place.
+        hyper: the step's numbers.
+    """
+    first_bits, second_bits = hyper.bits
+    rows, columns = param.shape
+    for segment in _segments(rows, columns, hyper.block_size):
+        gradient = segment.elements(grad).float()
+        updated, exp_avg, exp_avg_sq = adamw_update(
+            segment.elements(param).float(),
+            -gradient if hyper.maximize else gradient,
+            _decode_first(state, segment, first_bits),
+            _decode_second(state, segment, second_bits),
+            hyper,
+        )
+
+        if param.dtype == torch.bfloat16 and hyper.bf16_stochastic_rounding:
+            updated = round_to_bf16(updated, _draws(segment, columns, hyper, hyper.weight_stream, param.device))
+        _write(param[segment.rows, segment.columns], updated)
+
+        rounding: Tensor | float = 0.5
+        if hyper.stochastic_rounding and second_bits != 32:
+            draws = _draws(segment, columns, hyper, hyper.state_stream, param.device)
+            rounding = (draws.float() + 0.5) * 2.0**-16
+        _encode_first(state, segment, exp_avg, first_bits)
+        _encode_second(state, segment, exp_avg_sq, second_bits, hyper.quantile, rounding)
+
+
+def dequantize_moments(
+    state: Mapping[str, Tensor], rows: int, columns: int, bits: tuple[int, int], block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return both moments as (rows, columns) fp32."""
+    device = next(iter(state.values())).device
+    exp_avg = torch.empty(rows, columns, device=device)
+    exp_avg_sq = torch.empty(rows, columns, device=device)
+    for segment in _segments(rows, columns, block_size):
+        _write(exp_avg[segment.rows, segment.columns], _decode_first(state, segment, bits[0]))
+        _write(exp_avg_sq[segment.rows, segment.columns], _decode_second(state, segment, bits[1]))
+    return exp_avg, exp_avg_sq
+
+
+def quantize_moments(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    state: Mapping[str, Tensor],
+    bits: tuple[int, int],
+    block_size: int,
+    quantile: float,
+) -> None:
+    """Encode (rows, columns) fp32 moments into ``state`` at the nearest levels, to take over a full-precision run."""
+    for segment in _segments(*exp_avg.shape, block_size):
+        _encode_first(state, segment, segment.elements(exp_avg), bits[0])
+        _encode_second(state, segment, segment.elements(exp_avg_sq), bits[1], quantile)
+
+
+def solo_step(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], hyper: SoloHyperparameters) -> None:
+    """Make one step in place, see :func:`solo_step_reference` for the arguments."""
+    solo_step_reference(param, grad, state, hyper)

@@ -1,0 +1,291 @@
+"""SoloAdamW: AdamW with 2- to 8-bit states (SOLO, arXiv 2505.00347); the step is in :mod:`lowbit_lightning.kernels.solo`.
+
+Differences from the authors' code: states are plain tensors that survive saving and loading, 3-bit codes take 3 bits,
+blocks never cross rows (so precision does not depend on how a tensor is sharded), blocks with many zeros are decoded
+correctly, noise is a function of (seed, parameter name, step) so that a resumed run is bit-exact, bf16 weights are
+rounded stochastically, and β₁ is adjusted to the bits by default.
+"""
+
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..errors import InvalidArgumentError
+from ..kernels.dynamic import dynamic_resolution
+from ..kernels.philox import stream_id
+from ..kernels.solo import SoloHyperparameters, dequantize_moments, quantize_moments, row_bytes, solo_step
+from .base import LowBitOptimizer, ParamGroup, State
+
+_BITS = (2, 3, 4, 8, 32)
+# Narrower rows would pay more for block scales than for codes (LoRA's B, depthwise convolutions).
+_MIN_COLUMNS = 64
+# A larger gradient overflows fp32 when squared and would leave an infinite second moment for ever.
+_LARGEST_GRADIENT = torch.finfo(torch.float32).max ** 0.5
+_OVERRIDABLE = ("bits", "block_size", "quantile", "reference_bits", "min_numel")
+
+
+def adjusted_beta1(beta1: float, bits: int, reference_bits: int | None) -> float:
+    """Return β₁ lowered until a ``bits``-bit first moment is no noisier than a ``reference_bits``-bit one at ``beta1``.
+
+    Theorem 3.6 of the paper with r(b) the median half-gap of the format: c = β₁/(1-β₁) · r(reference)/r(bits),
+    β₁' = c/(1+c). Never above ``beta1``; ``reference_bits=None`` switches the adjustment off.
+    """
+    if reference_bits is None or bits >= reference_bits:
+        return beta1
+    odds = beta1 / (1 - beta1) * dynamic_resolution(reference_bits) / dynamic_resolution(bits)
+    return odds / (1 + odds)
+
+
+class SoloAdamW(LowBitOptimizer):
+    """AdamW with its moments in 2 to 8 bits: 0.84 bytes of state per parameter at the default 4/2 bits instead of 8.
+
+    Use it wherever AdamW is used. Expect the least from it on embeddings whose rows are rarely hit: keep those at
+    8 bits through ``overrides`` (which needs named parameters: pass ``model.named_parameters()``).
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for every torch optimizer.
+        lr: learning rate; a float, or a one-element tensor that a scheduler changes in place.
+        betas: decay of the first and second moment. The first is lowered for low bits, see ``reference_bits``.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        bits: bits of the (first, second) moment, each 2, 3, 4, 8 or 32; 32 keeps fp32.
+        block_size: elements that share a scale, a multiple of 8.
+        quantile: share of a block that lies below the second moment's last level, in [0, 1).
+        reference_bits: the first moment may be as noisy as this many bits are at the β₁ asked for; 2 to 8, or null
+            to leave β₁ alone.
+        stochastic_rounding: round the second moment stochastically; without it a decay near 1 never shows.
+        bf16_stochastic_rounding: write bf16 weights with stochastic rounding instead of to nearest.
+        min_numel: tensors with fewer elements keep fp32 states, as do vectors and rows narrower than 64.
+        overrides: settings by parameter-name pattern, for example ``{"*embed*": {"bits": [8, 8]}}``; the first
+            pattern that matches wins.
+        seed: of the rounding noise.
+        maximize: ascend instead of descend.
+
+    Raises:
+        InvalidArgumentError: an argument is outside its range; a ValueError that names argument, value and range.
+    """
+
+    layout_keys = ("bits", "block_size", "min_numel", "overrides")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        bits: tuple[int, int] = (4, 2),
+        block_size: int = 128,
+        quantile: float = 0.1,
+        reference_bits: int | None = 5,
+        stochastic_rounding: bool = True,
+        bf16_stochastic_rounding: bool = True,
+        min_numel: int = 4096,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bits": tuple(bits),
+            "block_size": block_size,
+            "quantile": quantile,
+            "reference_bits": reference_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "bf16_stochastic_rounding": bf16_stochastic_rounding,
+            "min_numel": min_numel,
+            "overrides": _normalized_overrides(overrides),
+            "seed": seed,
+            "maximize": maximize,
+            "nonfinite_skips": 0,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group, its settings checked."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["bits"], group["betas"] = tuple(group["bits"]), tuple(group["betas"])
+        _check_settings(group)
+        for pattern, settings in group["overrides"].items():
+            _check_settings(group | settings, f"overrides[{pattern!r}].")
+        if group["overrides"] and "param_names" not in group:
+            raise InvalidArgumentError(
+                f"overrides={group['overrides']!r} matches parameters by name, but this optimizer was given none: "
+                "pass model.named_parameters(), or use LowBitCLI, which does"
+            )
+        for param in group["params"]:
+            if param.is_complex():
+                raise InvalidArgumentError(
+                    "params: SoloAdamW takes real parameters, got a complex one; use view_as_real"
+                )
+
+    def settings(self, group: ParamGroup, name: str, param: Tensor) -> ParamGroup:
+        """Return the group's settings with this parameter's overrides, and (32, 32) bits where it stays in fp32."""
+        override = next((s for pattern, s in group["overrides"].items() if fnmatch(name, pattern)), {})
+        settings = group | override
+        if param.ndim < 2 or param.numel() < settings["min_numel"] or _matrix_shape(param)[1] < _MIN_COLUMNS:
+            settings["bits"] = (32, 32)
+        return settings
+
+    def new_state(self, group: ParamGroup, name: str, param: Tensor, device: torch.device) -> State:
+        """Return zero moments, see :mod:`lowbit_lightning.kernels.solo` for the tensors."""
+        settings = self.settings(group, name, param)
+        (rows, columns), block_size = _matrix_shape(param), settings["block_size"]
+        blocks = -(-columns // block_size)
+        state = {"step": torch.zeros((), dtype=torch.float32)}
+        for key, bits in zip(("exp_avg", "exp_avg_sq"), settings["bits"], strict=True):
+            if bits == 32:
+                state[key] = torch.zeros(param.shape, dtype=torch.float32, device=device)
+                continue
+            packed = row_bytes(columns, block_size, bits)
+            state[f"{key}_codes"] = torch.zeros(rows, packed, dtype=torch.uint8, device=device)
+            state[f"{key}_scale"] = torch.zeros(rows, blocks, dtype=torch.float32, device=device)
+        if "exp_avg_sq_codes" in state:
+            state["exp_avg_sq_log2_base"] = torch.zeros(rows, blocks, dtype=torch.float32, device=device)
+        return state
+
+    def convert_state(self, group: ParamGroup, name: str, param: Tensor, saved: State) -> State | None:
+        """Quantize the state of a torch Adam or AdamW."""
+        if set(saved) != {"step", "exp_avg", "exp_avg_sq"} or saved["exp_avg"].shape != param.shape:
+            return None
+        settings = self.settings(group, name, param)
+        state = self.new_state(group, name, param, param.device)
+        state["step"].copy_(torch.as_tensor(saved["step"]))
+        shape = _matrix_shape(param)
+        exp_avg, exp_avg_sq = (
+            saved[key].to(param.device, torch.float32).reshape(shape) for key in ("exp_avg", "exp_avg_sq")
+        )
+        views = _matrix_views(state, shape)
+        quantize_moments(exp_avg, exp_avg_sq, views, settings["bits"], settings["block_size"], settings["quantile"])
+        return state
+
+    def dequantized_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Return ``{"exp_avg", "exp_avg_sq"}`` of a parameter, fp32 and of its shape."""
+        group, name = next((group, name) for group, name, own in self.named_params() if own is param)
+        settings, state, shape = self.settings(group, name, param), self.state[param], _matrix_shape(param)
+        exp_avg, exp_avg_sq = dequantize_moments(
+            _matrix_views(state, shape), *shape, settings["bits"], settings["block_size"]
+        )
+        return {"exp_avg": exp_avg.view(param.shape), "exp_avg_sq": exp_avg_sq.view(param.shape)}
+
+    def describe_technique(self) -> list[tuple[str, str, str]]:
+        """Return one row for each pair of bits in use, with parameters, state bytes and the effective β₁."""
+        tensors: dict[tuple[Any, ...], list[Tensor]] = {}
+        for group, name, param in self.named_params():
+            settings = self.settings(group, name, param)
+            beta1 = adjusted_beta1(settings["betas"][0], settings["bits"][0], settings["reference_bits"])
+            tensors.setdefault((settings["bits"], settings["betas"][0], beta1), []).append(param)
+        rows = []
+        for (bits, asked, beta1), params in tensors.items():
+            label = "fp32" if bits == (32, 32) else f"{bits[0]}/{bits[1]}-bit"
+            numel = sum(param.numel() for param in params)
+            detail = f"β₁ {beta1:.3f}" + (f" (adjusted from {asked})" if beta1 != asked else "")
+            rows.append(("SOLO states", f"{len(params)} tensors, {numel:,} parameters", f"{label}, {detail}"))
+        return rows
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Make one step; returns what ``closure`` returns.
+
+        A tensor whose gradient holds a non-finite value, or one whose square is, is left alone, parameter and state,
+        and ``nonfinite_skips`` of its group counts it.
+
+        Raises:
+            InvalidArgumentError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, name, param in self.named_params():
+            if param.grad is not None and param.numel():
+                self._step_tensor(group, name, param, param.grad)
+        return loss
+
+    def _step_tensor(self, group: ParamGroup, name: str, param: Tensor, grad: Tensor) -> None:
+        if grad.is_sparse:
+            raise InvalidArgumentError(
+                f"the gradient of parameter {name!r} is sparse, SoloAdamW takes dense ones: "
+                "set sparse=False on the embedding, or train it with torch.optim.SparseAdam"
+            )
+        if not grad.abs().amax() <= _LARGEST_GRADIENT:  # false for NaN as well
+            group["nonfinite_skips"] += 1
+            return
+        state = self.state[param]
+        if not state:
+            state.update(self.new_state(group, name, param, param.device))
+        state["step"] += 1
+        settings, shape = self.settings(group, name, param), _matrix_shape(param)
+        hyper = SoloHyperparameters(
+            lr=float(settings["lr"]),
+            beta1=adjusted_beta1(settings["betas"][0], settings["bits"][0], settings["reference_bits"]),
+            beta2=settings["betas"][1],
+            eps=settings["eps"],
+            weight_decay=settings["weight_decay"],
+            step=int(state["step"]),
+            bits=settings["bits"],
+            block_size=settings["block_size"],
+            quantile=settings["quantile"],
+            stochastic_rounding=settings["stochastic_rounding"],
+            bf16_stochastic_rounding=settings["bf16_stochastic_rounding"],
+            maximize=settings["maximize"],
+            seed=settings["seed"],
+            state_stream=stream_id(name, "state"),
+            weight_stream=stream_id(name, "weight"),
+        )
+        matrix = param.reshape(shape)
+        solo_step(matrix, grad.reshape(shape), _matrix_views(state, shape), hyper)
+        if matrix.data_ptr() != param.data_ptr():  # a memory format that has no matrix view, such as channels_last
+            param.copy_(matrix.view(param.shape))
+
+
+def _matrix_shape(param: Tensor) -> tuple[int, int]:
+    rows = param.shape[0] if param.ndim > 1 else 1
+    return rows, param.numel() // max(rows, 1)
+
+
+def _matrix_views(state: State, shape: tuple[int, int]) -> State:
+    """Return the state with fp32 moments, which have the parameter's own shape, seen as matrices."""
+    return {key: value.view(shape) if key in ("exp_avg", "exp_avg_sq") else value for key, value in state.items()}
+
+
+def _normalized_overrides(overrides: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    normalized = {}
+    for pattern, settings in (overrides or {}).items():
+        unknown = set(settings) - set(_OVERRIDABLE)
+        if unknown:
+            raise InvalidArgumentError(
+                f"overrides[{pattern!r}] sets {sorted(unknown)}, which cannot be overridden by name: "
+                f"use {', '.join(_OVERRIDABLE)}, or a parameter group of its own"
+            )
+        normalized[pattern] = {k: tuple(v) if k == "bits" else v for k, v in settings.items()}
+    return normalized
+
+
+def _check_settings(settings: ParamGroup, where: str = "") -> None:
+    def require(name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise InvalidArgumentError(f"{where}{name}={settings[name]!r} is out of range: {allowed}")
+
+    require("lr", float(settings["lr"]) >= 0, "a number >= 0")
+    require(
+        "betas", len(settings["betas"]) == 2 and all(0 <= b < 1 for b in settings["betas"]), "two numbers in [0, 1)"
+    )
+    require("eps", settings["eps"] >= 0, "a number >= 0")
+    require("weight_decay", settings["weight_decay"] >= 0, "a number >= 0")
+    bits = settings["bits"]
+    require("bits", len(bits) == 2 and all(b in _BITS for b in bits), f"two of {_BITS} (first, second moment)")
+    require(
+        "block_size", settings["block_size"] >= 8 and settings["block_size"] % 8 == 0, "a multiple of 8, at least 8"
+    )
+    require("quantile", 0 <= settings["quantile"] < 1, "a number in [0, 1)")
+    require("reference_bits", settings["reference_bits"] in (None, *range(2, 9)), "2 to 8, or None for no adjustment")
+    require("min_numel", settings["min_numel"] >= 0, "an integer >= 0")
