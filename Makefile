@@ -39,7 +39,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 evidence-quickstart: $(STAMP)
-	$(BIN)/python examples/evidence_quickstart.py
+	$(BIN)/python examples/evidence.py quickstart
 
 clean:
 	rm -rf build runs *.egg-info

@@ -21,9 +21,9 @@ from .elementary import exp2, log2
 # The lowest the quantile may lie below the block's maximum, as a power of two.
 LOG2_FLOOR = -24.0
 # What an exact zero is decoded to at most, of the block's maximum; a power of two, so the product is exact.
-_LARGEST_ZERO = 2.0**-6
+LARGEST_ZERO = 2.0**-6
 # Stands for -log2 α of a constant block, whose codes are all 0 whatever the divisor.
-_SMALLEST_SPAN = 1e-12
+SMALLEST_SPAN = 1e-12
 
 
 def block_quantile(values: Tensor, quantile: float) -> Tensor:
@@ -47,7 +47,7 @@ def block_quantile(values: Tensor, quantile: float) -> Tensor:
     zeros = (values == 0).sum(dim=-1)
     positive_rank = zeros + (quantile * (length - zeros - 1).clamp_min(0).double()).floor().long()
     positive = ascending.gather(-1, positive_rank.clamp_max(length - 1).unsqueeze(-1)).squeeze(-1)
-    positive = torch.minimum(positive, ascending[..., -1] * _LARGEST_ZERO)
+    positive = torch.minimum(positive, ascending[..., -1] * LARGEST_ZERO)
     interpolated = low + (high - low) * weight
     return torch.where(interpolated > 0, interpolated, positive)
 
@@ -71,7 +71,7 @@ def encode_logarithmic(
     scale = values.amax(dim=-1)
     log2_scale = log2(scale)
     span = torch.clamp_max(log2_scale - log2(block_quantile(values, quantile)), -LOG2_FLOOR)
-    step = torch.clamp_min(span / last, _SMALLEST_SPAN)
+    step = torch.clamp_min(span / last, SMALLEST_SPAN)
     steps_below = (log2_scale.unsqueeze(-1) - log2(values)) * (1.0 / step).unsqueeze(-1)
     codes = torch.clamp(torch.floor(steps_below + rounding), 0, last)
     return codes.to(torch.uint8), scale, -span / last

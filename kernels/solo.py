@@ -15,16 +15,18 @@ State of a (rows, columns) parameter, by key; ``blocks = ceil(columns / block_si
     exp_avg, exp_avg_sq   (rows, columns)                fp32     instead of the above where a moment has 32 bits
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .dynamic import decode_dynamic, encode_dynamic
+from .elementary import LARGEST_SQUARABLE, sqrt
 from .logarithmic import decode_logarithmic, encode_logarithmic
 from .packing import pack, packed_length, unpack
 from .philox import DRAWS_PER_CALL, block_calls, draw_16bit
+from .solo_cpu import load_library, step_compiled, takes
 from .stochastic_rounding import round_to_bf16
 
 # Elements that the reference treats at a time: bounds its transient memory, and intermediates stay in a CPU's cache.
@@ -33,10 +35,9 @@ _CHUNK = 65536
 
 @dataclass(frozen=True)
 class SoloHyperparameters:
-    """What one step of one tensor needs beside the tensors; every number may change from step to step.
+    """The numbers that all tensors of the same settings share in one step; every one may change from step to step.
 
-    ``beta1`` is the effective β₁ (after momentum adjustment); ``step`` counts from 1; the streams come from
-    :func:`.philox.stream_id`; ``first_row`` is the global row of a shard's first row.
+    ``beta1`` is the effective β₁ (after momentum adjustment).
     """
 
     lr: float
@@ -44,7 +45,6 @@ class SoloHyperparameters:
     beta2: float
     eps: float
     weight_decay: float
-    step: int
     bits: tuple[int, int]
     block_size: int
     quantile: float
@@ -52,6 +52,24 @@ class SoloHyperparameters:
     bf16_stochastic_rounding: bool = True
     maximize: bool = False
     seed: int = 0
+
+
+@dataclass(slots=True)
+class SoloTensor:
+    """One parameter in one step.
+
+    ``param`` and ``grad`` have any shape, memory format and floating dtype; they are seen as (rows, columns) in their
+    logical order. ``state`` holds the tensors listed at the top of this file and ``step``, 0-d fp32 on the CPU, which
+    counts the steps made so far. The streams come from :func:`.philox.stream_id`; ``first_row`` is the global row of a
+    shard's first row.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: Mapping[str, Tensor]
+    hyper: SoloHyperparameters
+    rows: int
+    columns: int
     state_stream: int = 0
     weight_stream: int = 0
     first_row: int = 0
@@ -64,7 +82,7 @@ def row_bytes(columns: int, block_size: int, bits: int) -> int:
 
 
 def adamw_update(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: SoloHyperparameters
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: SoloHyperparameters, step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One decoupled-weight-decay Adam step (Loshchilov and Hutter, arXiv 1711.05101), all tensors fp32 of one shape.
 
@@ -73,8 +91,8 @@ def adamw_update(
     """
     exp_avg = exp_avg + (1 - hyper.beta1) * (grad - exp_avg)
     exp_avg_sq = exp_avg_sq + (1 - hyper.beta2) * (grad * grad - exp_avg_sq)
-    denominator = exp_avg_sq.sqrt() * (1 - hyper.beta2**hyper.step) ** -0.5 + hyper.eps
-    step_size = hyper.lr / (1 - hyper.beta1**hyper.step)
+    denominator = sqrt(exp_avg_sq) * (1 - hyper.beta2**step) ** -0.5 + hyper.eps
+    step_size = hyper.lr / (1 - hyper.beta1**step)
     param = param * (1 - hyper.lr * hyper.weight_decay) - step_size * (exp_avg / denominator)
     return param, exp_avg, exp_avg_sq
 
@@ -159,30 +177,40 @@ def _encode_second(
     _write(state["exp_avg_sq_log2_base"][segment.rows, segment.blocks], log2_base)
 
 
-def _draws(segment: _Segment, columns: int, hyper: SoloHyperparameters, stream: int, device: torch.device) -> Tensor:
+def _draws(segment: _Segment, tensor: SoloTensor, stream: int, step: int) -> Tensor:
     """Return (blocks, length) int32 draws. Calls are numbered through each global row, then row by row."""
+    device = tensor.param.device
     calls_per_block = -(-segment.length // DRAWS_PER_CALL)
     blocks = segment.blocks.stop - segment.blocks.start
-    calls_per_row = -(-columns // DRAWS_PER_CALL)
+    calls_per_row = -(-tensor.columns // DRAWS_PER_CALL)
     first = segment.columns.start // DRAWS_PER_CALL
-    row = torch.arange(segment.rows.start, segment.rows.stop, device=device) + hyper.first_row
+    row = torch.arange(segment.rows.start, segment.rows.stop, device=device) + tensor.first_row
     calls = (row * calls_per_row + first).view(-1, 1, 1) + block_calls(0, blocks, calls_per_block, device)
-    draws = draw_16bit(hyper.seed, stream, hyper.step, calls.view(-1, calls_per_block))
+    draws = draw_16bit(tensor.hyper.seed, stream, step, calls.view(-1, calls_per_block))
     return draws[:, : segment.length]
 
 
-def solo_step_reference(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], hyper: SoloHyperparameters) -> None:
+def solo_step_reference(tensor: SoloTensor) -> bool:
     """Make one step in place on any device: the meaning of every other path.
 
-    Args:
-        param: (rows, columns), fp32, bf16 or fp16. bf16 is written with stochastic rounding if ``hyper`` says so.
-        grad: (rows, columns), any floating dtype, finite.
-        state: the tensors listed at the top of this file, changed in place.
-        hyper: the step's numbers.
+    bf16 weights are written with stochastic rounding if ``tensor.hyper`` says so.
+
+    Returns:
+        True if the step was skipped, with nothing changed, because the gradient holds a value that is not finite or
+        whose square is not: the second moment would be infinite for ever.
     """
+    hyper, shape = tensor.hyper, (tensor.rows, tensor.columns)
+    if not tensor.grad.abs().amax().float() <= LARGEST_SQUARABLE:  # false for NaN as well
+        return True
+    tensor.state["step"].add_(1)
+    step = int(tensor.state["step"])
+    # fp32 moments have the parameter's own shape.
+    state = {
+        key: value.view(shape) if key in ("exp_avg", "exp_avg_sq") else value for key, value in tensor.state.items()
+    }
+    param, grad = tensor.param.reshape(shape), tensor.grad.reshape(shape)
     first_bits, second_bits = hyper.bits
-    rows, columns = param.shape
-    for segment in _segments(rows, columns, hyper.block_size):
+    for segment in _segments(*shape, hyper.block_size):
         gradient = segment.elements(grad).float()
         updated, exp_avg, exp_avg_sq = adamw_update(
             segment.elements(param).float(),
@@ -190,18 +218,21 @@ def solo_step_reference(param: Tensor, grad: Tensor, state: Mapping[str, Tensor]
             _decode_first(state, segment, first_bits),
             _decode_second(state, segment, second_bits),
             hyper,
+            step,
         )
 
         if param.dtype == torch.bfloat16 and hyper.bf16_stochastic_rounding:
-            updated = round_to_bf16(updated, _draws(segment, columns, hyper, hyper.weight_stream, param.device))
+            updated = round_to_bf16(updated, _draws(segment, tensor, tensor.weight_stream, step))
         _write(param[segment.rows, segment.columns], updated)
 
         rounding: Tensor | float = 0.5
         if hyper.stochastic_rounding and second_bits != 32:
-            draws = _draws(segment, columns, hyper, hyper.state_stream, param.device)
-            rounding = (draws.float() + 0.5) * 2.0**-16
+            rounding = (_draws(segment, tensor, tensor.state_stream, step).float() + 0.5) * 2.0**-16
         _encode_first(state, segment, exp_avg, first_bits)
         _encode_second(state, segment, exp_avg_sq, second_bits, hyper.quantile, rounding)
+    if param.data_ptr() != tensor.param.data_ptr():  # a memory format without a matrix view, such as channels_last
+        tensor.param.copy_(param.view(tensor.param.shape))
+    return False
 
 
 def dequantize_moments(
@@ -231,6 +262,15 @@ def quantize_moments(
         _encode_second(state, segment, segment.elements(exp_avg_sq), bits[1], quantile)
 
 
-def solo_step(param: Tensor, grad: Tensor, state: Mapping[str, Tensor], hyper: SoloHyperparameters) -> None:
-    """Make one step in place, see :func:`solo_step_reference` for the arguments."""
-    solo_step_reference(param, grad, state, hyper)
+def solo_step(tensors: Sequence[SoloTensor]) -> list[bool]:
+    """Make one step of all tensors in place, each on its own device, by the fastest way there is.
+
+    Returns:
+        For each tensor whether it was skipped, see :func:`solo_step_reference`.
+    """
+    library = load_library() if any(tensor.param.is_cpu for tensor in tensors) else None
+    compiled = [library is not None and takes(tensor) for tensor in tensors]
+    skipped = iter(step_compiled(library, [t for t, taken in zip(tensors, compiled, strict=True) if taken]))
+    return [
+        next(skipped) if taken else solo_step_reference(tensor) for tensor, taken in zip(tensors, compiled, strict=True)
+    ]

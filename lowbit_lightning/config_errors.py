@@ -24,6 +24,15 @@ from lowbit_lightning.errors import InvalidArgumentError, LowBitError, WrongLigh
 
 CONFIGURABLE = (LightningModule, LightningDataModule, Callback, Optimizer, LRScheduler, Strategy, Logger)
 
+EARLIER_WORDING = (
+    # jsonargparse 4.39, the oldest that Lightning takes, says the same in other words.
+    (r"Validation failed: ", ""),
+    (r"does not accept nested key", "does not accept option"),
+    (r"Key '([^']+)' is not expected", r"Option '\1' is not accepted"),
+    (r'Key "([^"]+)" is required but not included in config object.*', r"the following arguments are required: \1"),
+    (r"Unrecognized arguments", "unrecognized arguments"),
+)
+
 
 class ConfigProblem(Exception):
     """A message of jsonargparse. Neither a TypeError nor a ValueError: jsonargparse catches those itself."""
@@ -51,6 +60,8 @@ def explain(message: str, arguments: Sequence[str], parser: LightningArgumentPar
         InvalidArgumentError: A configuration file that is not readable YAML, which is then the cause.
     """
     given = entries(arguments)
+    for earlier, present in EARLIER_WORDING:
+        message = re.sub(earlier, present, message)
     innermost = message[max(message.rfind('Parser key "'), 0) :]
     value = re.search(r"(?:Got|Given) value: (.)", innermost)
     if message.count('Parser key "') > 1 and value and value[1] not in "[{":

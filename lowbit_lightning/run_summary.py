@@ -1,6 +1,8 @@
 """What is printed when a training run has ended: what was trained, what the optimizer took, where to look."""
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -25,7 +27,7 @@ def summary(trainer: Trainer, module: LightningModule, seconds: float) -> str:
     rows = [
         (
             "trained",
-            f"{type(module).__name__}, {trainable:,} trainable parameters,"
+            f"{type(module).__name__}{_data(trainer)}, {trainable:,} trainable parameters,"
             f" {trainer.global_step:,} steps in {seconds:.1f} s",
         )
     ]
@@ -45,7 +47,7 @@ def summary(trainer: Trainer, module: LightningModule, seconds: float) -> str:
         rows.append(("checkpoint", _relative(checkpoint)))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            rows.append(("look at it", f"tensorboard --logdir {shlex.quote(_relative(logger.root_dir))}"))
+            rows.append(("look at it", f"{_command('tensorboard')} --logdir {shlex.quote(_relative(logger.root_dir))}"))
     lines = ["", *(f"{label:<11} {text}" for label, text in rows)]
     metrics = trainer.callback_metrics
     if "val_bits_per_byte" in metrics:
@@ -53,6 +55,18 @@ def summary(trainer: Trainer, module: LightningModule, seconds: float) -> str:
     elif "val_loss" in metrics:
         lines.append(f"validation loss: {float(metrics['val_loss']):.4f}")
     return "\n".join(lines)
+
+
+def _data(trainer: Trainer) -> str:
+    """`` on TextFiles``, or nothing where loaders came without a data module."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return f" on {type(datamodule).__name__}" if datamodule is not None else ""
+
+
+def _command(name: str) -> str:
+    """The command as it can be typed here: with its path where this Python's environment is not activated."""
+    beside_python = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) or not beside_python.exists() else _relative(str(beside_python))
 
 
 def _size(count: int) -> str:

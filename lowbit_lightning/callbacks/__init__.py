@@ -2,5 +2,6 @@
 
 from lowbit_lightning.callbacks.exact_resume import ExactResume
 from lowbit_lightning.callbacks.memory_ledger import MemoryLedger
+from lowbit_lightning.callbacks.quantize_optimizer_states import QuantizeOptimizerStates
 
-__all__ = ["ExactResume", "MemoryLedger"]
+__all__ = ["ExactResume", "MemoryLedger", "QuantizeOptimizerStates"]

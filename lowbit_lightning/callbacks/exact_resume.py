@@ -7,12 +7,13 @@ the position in the data. This callback saves both, and closes three gaps by whi
 * Lightning does not run the validation again that followed a checkpoint, and even a loader without workers draws a
   seed from the global generator whenever it is iterated; so every validation shifted the stream of the uninterrupted
   run only. Validation now leaves the generators as it found them, as Lightning's own sanity check does.
-* Lightning hands a stateful loader its state back only if the epoch was unfinished, and for a checkpoint made at the
-  last batch that state means "nothing left": such a loader (torchdata's) yields an epoch without batches. A
-  ``ResumableDataLoader`` calls that position batch 0 of the next epoch.
+* At an epoch's end torchdata's StatefulDataLoader goes wrong in two ways. From a checkpoint of the last batch it is
+  handed the state "nothing left" and yields an epoch without batches; from one of the epoch's end Lightning hands it
+  no state, and it shuffles from a seed drawn anew. ``ResumableDataLoader`` says "batch 0 of the next epoch" in both.
 
-What cannot be restored: gradients of an accumulation window that a checkpoint cut in two (a warning says so), random
-transforms inside worker processes in mid-epoch, and draws that user hooks make between a checkpoint and the next batch.
+A checkpoint inside an accumulation window carries its gradients; ModelCheckpoint writes such a one after every resume.
+What cannot be restored: those gradients under several processes (a warning says so), random transforms inside worker
+processes in mid-epoch, and what user hooks draw between the checkpoint at an epoch's last batch and the next epoch.
 """
 
 import random
@@ -24,7 +25,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lowbit_lightning.data.adopt import adopt
@@ -56,6 +58,11 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(saved.cpu(), device)
+
+
+def _progress(trainer: Trainer) -> Any:
+    """Lightning's count of this epoch's batches: ``ready`` when fetched, ``processed`` when trained on."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current
 
 
 class ExactResume(Callback):
@@ -107,27 +114,30 @@ class ExactResume(Callback):
         trainer = self._trainer
         if trainer is None or self._seed is None:
             return {}
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress = _progress(trainer)
         in_batch = progress.ready > progress.processed  # an exception: Lightning will repeat the batch
         mid_epoch = in_batch or (progress.ready > 0 and not trainer.is_last_batch)
+        gradients: dict[str, Tensor] = {}
         if mid_epoch and progress.processed % trainer.accumulate_grad_batches:
-            self._warn(
-                f"A checkpoint was written inside a window of accumulate_grad_batches={trainer.accumulate_grad_batches}"
-                " batches. Gradients are not in a checkpoint, so a resume from it will not be exact. Save by"
-                " ModelCheckpoint(every_n_train_steps=...), which falls between the windows."
-            )
+            gradients = self._gradients(trainer)
         own = self._training_rng or (self._rng_after_batch if in_batch else None) or collect_rng()
         everyone: list[Any] = [own]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
             dist.all_gather_object(everyone, own)
         loaders = [loader.state_dict() for loader in self._loaders]
-        return {"rng": everyone, "loaders": loaders, "seed": self._seed, "mid_epoch": mid_epoch}
+        state = {"rng": everyone, "loaders": loaders, "seed": self._seed, "mid_epoch": mid_epoch}
+        return state | {"gradients": gradients}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores the generators again if the epoch was begun: a foreign loader draws when its iterator is made."""
-        if self._pending is not None and self._pending["mid_epoch"]:
+        """Restores the generators again if the epoch was begun (a foreign loader draws from them), and gradients."""
+        if self._pending is None:
+            return
+        if self._pending["mid_epoch"]:
             self._restore_rng()
+        parameters = dict(pl_module.named_parameters())
+        for name, gradient in self._pending["gradients"].items():
+            parameters[name].grad = gradient.to(parameters[name].device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Lets go of the loaded state."""
@@ -156,7 +166,7 @@ class ExactResume(Callback):
             trainer = self._trainer
             assert trainer is not None
             loaders = request()
-            if trainer.overfit_batches > 0:  # Lightning rebuilds such loaders; there is nothing to resume
+            if getattr(trainer, "overfit_batches", 0) > 0:  # Lightning rebuilds such loaders
                 return loaders
             if self._seed is None:
                 self._seed = int(trainer.strategy.broadcast(torch.initial_seed()))
@@ -169,7 +179,7 @@ class ExactResume(Callback):
             self._loaders = [loader for loader in combined.flattened if isinstance(loader, ResumableDataLoader)]
             if len(combined.flattened) == 1:  # of several, a short one goes round within the epoch
                 for loader in self._loaders:
-                    loader.consumed = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed
+                    loader.consumed = lambda: _progress(trainer).processed
             self._restore(combined.flattened[:1])
             return combined
 
@@ -191,6 +201,18 @@ class ExactResume(Callback):
             loader.load_state_dict(state)
         if self._pending["mid_epoch"] and first_loader[0] in self._loaders:
             first_loader[0].before_first_batch = self._restore_rng
+
+    def _gradients(self, trainer: Trainer) -> dict[str, Tensor]:
+        """The gradients of a window of accumulation that a checkpoint cuts in two; under one process only."""
+        if trainer.world_size > 1:  # every rank has others until the window ends
+            self._warn(
+                f"A checkpoint was written within {trainer.accumulate_grad_batches} accumulated batches. The gradients "
+                "of several processes are not saved, so a resume from it loses the first part of "
+                "the window. Save by ModelCheckpoint(every_n_train_steps=...), which falls between the windows."
+            )
+            return {}
+        named = trainer.lightning_module.named_parameters()
+        return {name: param.grad.detach().clone() for name, param in named if param.grad is not None}
 
     def _restore_rng(self) -> None:
         if self._pending is None or self._trainer is None:

@@ -134,7 +134,7 @@ class MemoryLedger(Callback):
         self._to_measure = any(how != "measured" for name, _, _, how in memory if name.startswith("optimizer"))
         self._logged_step, self._gradient_bytes = 0, 0
         techniques = technique_rows(
-            [*trainer.optimizers, *trainer.callbacks, trainer.strategy, trainer.precision_plugin]
+            [*trainer.optimizers, *_callbacks(trainer), trainer.strategy, trainer.precision_plugin]
         )
         if trainer.is_global_zero:
             print(format_table(("memory", "MB", "bytes/parameter", ""), memory))
@@ -176,7 +176,11 @@ class MemoryLedger(Callback):
 
     def _in_charge(self, trainer: Trainer) -> bool:
         """Whether this is the first ledger of the trainer; an overlay may add a second one, which stays quiet."""
-        return self is next(callback for callback in trainer.callbacks if isinstance(callback, MemoryLedger))
+        return self is next(callback for callback in _callbacks(trainer) if isinstance(callback, MemoryLedger))
+
+
+def _callbacks(trainer: Any) -> list[Callback]:
+    return list(trainer.callbacks)  # an attribute that Trainer's connectors add, unknown to its annotations
 
 
 def _named_groups(optimizers: Sequence[Optimizer]) -> list[tuple[str, Optimizer, dict[str, Any]]]:

@@ -4,8 +4,8 @@ What a DataLoader's sampler means (in order, shuffled, divided among ranks) is k
 because that one hangs on the state of a global generator at a moment that a checkpoint does not know.
 """
 
-from collections.abc import Callable, Sized
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from torch.utils.data import (
     BatchSampler,
@@ -82,7 +82,7 @@ def _sampler(loader: DataLoader[Any]) -> Any:
 def _has_known_order(loader: DataLoader[Any]) -> bool:
     sampler = _sampler(loader)
     if type(sampler) is RandomSampler:
-        return not sampler.replacement and sampler.num_samples == len(cast(Sized, sampler.data_source))
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
     return isinstance(loader.dataset, IterableDataset) or type(sampler) in (SequentialSampler, DistributedSampler)
 
 

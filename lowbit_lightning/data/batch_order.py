@@ -71,8 +71,8 @@ class ReplayedOrder(Sampler[Any]):
         """Sets the epoch here and in the sampler that is replayed."""
         self.epoch = epoch
         for target in (self.source, getattr(self.source, "sampler", None)):
-            if hasattr(target, "set_epoch"):
-                target.set_epoch(epoch)
+            if (set_epoch := getattr(target, "set_epoch", None)) is not None:
+                set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         with isolate_rng():

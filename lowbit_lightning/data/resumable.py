@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lowbit_lightning.data.batch_order import EpochOrder, ReplayedOrder, mixed_seed
@@ -83,8 +83,8 @@ class ResumableDataLoader(DataLoader[Any]):
         self.world_size = world_size if world_size is not None else dist.get_world_size() if distributed else 1
         self.shuffle = shuffle
         self.seed = seed
-        foreign = options.get("sampler") is not None or options.get("batch_sampler") is not None
-        if not foreign and not isinstance(dataset, IterableDataset):
+        batch_sampler = options.get("batch_sampler")
+        if options.get("sampler") is None and batch_sampler is None and not isinstance(dataset, IterableDataset):
             options["sampler"] = EpochOrder(
                 dataset, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=self.rank, world_size=self.world_size
             )
@@ -103,10 +103,10 @@ class ResumableDataLoader(DataLoader[Any]):
             vars(self)["sampler"] = _EpochOfIterable()
             if self.batch_sampler is not None:
                 cast(Any, self.batch_sampler).sampler = self.sampler
-        order = options.get("batch_sampler") or self.sampler
+        order = self.sampler if batch_sampler is None else batch_sampler
         self._order: Any = order if hasattr(order, "epoch") else _EpochOfIterable()
         self._skips_indices = isinstance(order, EpochOrder | ReplayedOrder)
-        self._indices_per_batch = batch_size or 1 if options.get("batch_sampler") is None else 1
+        self._indices_per_batch = (batch_size or 1) if batch_sampler is None else 1
         self._position = (0, 0)  # (epoch, batches of it already yielded)
         self._resume_from: tuple[int, int] | None = None
         self.consumed: Callable[[], int] | None = None  # how many of the epoch's batches a trainer has used

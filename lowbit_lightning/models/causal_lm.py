@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..errors import InvalidArgumentError
-from .language_metrics import LanguageModelMetrics
+from lowbit_lightning.errors import InvalidArgumentError
+from lowbit_lightning.models.language_metrics import LanguageModelMetrics
 
 _IGNORED = -100  # the label that Hugging Face data uses for tokens not to be predicted
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import CheckpointError
+from lowbit_lightning.errors import CheckpointError
 
 ParamGroup = dict[str, Any]
 State = dict[str, Tensor]

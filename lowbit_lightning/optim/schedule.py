@@ -6,7 +6,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import InvalidArgumentError
+from lowbit_lightning.errors import InvalidArgumentError
 
 
 class WarmupCosine(LambdaLR):
@@ -14,7 +14,7 @@ class WarmupCosine(LambdaLR):
 
     Args:
         optimizer: whose groups' ``lr`` is scaled.
-        warmup_steps: optimizer steps until the full learning rate is reached.
+        warmup_steps: optimizer steps until the full learning rate is reached; a shorter run ends before.
         total_steps: length of the schedule in optimizer steps; the rate stays at its minimum afterwards. Null takes
             the length of the run, which ``lowbit-lightning fit`` fills in.
         min_lr_ratio: the last learning rate over the full one.
@@ -31,8 +31,8 @@ class WarmupCosine(LambdaLR):
                 "total_steps=None: the length of the run is known to `lowbit-lightning fit` only; "
                 "elsewhere give the number of optimizer steps"
             )
-        if not 0 <= warmup_steps <= total_steps:
-            raise InvalidArgumentError(f"warmup_steps={warmup_steps} is out of range: 0 to total_steps={total_steps}")
+        if warmup_steps < 0:
+            raise InvalidArgumentError(f"warmup_steps={warmup_steps} is out of range: an integer >= 0")
         if not 0 <= min_lr_ratio <= 1:
             raise InvalidArgumentError(f"min_lr_ratio={min_lr_ratio} is out of range: a number in [0, 1]")
         factor = partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps, min_lr_ratio=min_lr_ratio)

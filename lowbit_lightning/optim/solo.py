@@ -1,4 +1,4 @@
-"""SoloAdamW: AdamW with 2- to 8-bit states (SOLO, arXiv 2505.00347); the step is in :mod:`lowbit_lightning.kernels.solo`.
+"""SoloAdamW: AdamW with 2- to 8-bit states (SOLO, arXiv 2505.00347), stepped by :mod:`lowbit_lightning.kernels.solo`.
 
 Differences from the authors' code: states are plain tensors that survive saving and loading, 3-bit codes take 3 bits,
 blocks never cross rows (so precision does not depend on how a tensor is sharded), blocks with many zeros are decoded
@@ -6,6 +6,8 @@ correctly, noise is a function of (seed, parameter name, step) so that a resumed
 rounded stochastically, and β₁ is adjusted to the bits by default.
 """
 
+from copy import deepcopy
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
@@ -16,14 +18,19 @@ from torch.optim.optimizer import ParamsT
 from ..errors import InvalidArgumentError
 from ..kernels.dynamic import dynamic_resolution
 from ..kernels.philox import stream_id
-from ..kernels.solo import SoloHyperparameters, dequantize_moments, quantize_moments, row_bytes, solo_step
+from ..kernels.solo import (
+    SoloHyperparameters,
+    SoloTensor,
+    dequantize_moments,
+    quantize_moments,
+    row_bytes,
+    solo_step,
+)
 from .base import LowBitOptimizer, ParamGroup, State
 
 _BITS = (2, 3, 4, 8, 32)
 # Narrower rows would pay more for block scales than for codes (LoRA's B, depthwise convolutions).
 _MIN_COLUMNS = 64
-# A larger gradient overflows fp32 when squared and would leave an infinite second moment for ever.
-_LARGEST_GRADIENT = torch.finfo(torch.float32).max ** 0.5
 _OVERRIDABLE = ("bits", "block_size", "quantile", "reference_bits", "min_numel")
 
 
@@ -68,6 +75,7 @@ class SoloAdamW(LowBitOptimizer):
         InvalidArgumentError: an argument is outside its range; a ValueError that names argument, value and range.
     """
 
+    _plans: list["_GroupPlan"]
     layout_keys = ("bits", "block_size", "min_numel", "overrides")
 
     def __init__(
@@ -205,46 +213,83 @@ class SoloAdamW(LowBitOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, name, param in self.named_params():
-            if param.grad is not None and param.numel():
-                self._step_tensor(group, name, param, param.grad)
+        tensors: list[SoloTensor] = []
+        owners: list[ParamGroup] = []
+        for group, plan in zip(self.param_groups, self._current_plans(), strict=True):
+            hypers = [_hyperparameters(group, settings) for settings in plan.settings]
+            for param, constants in zip(group["params"], plan.constants, strict=True):
+                grad, (name, which, *layout) = param.grad, constants
+                if grad is None or not param.numel():
+                    continue
+                if grad.is_sparse:
+                    raise InvalidArgumentError(
+                        f"the gradient of parameter {name!r} is sparse, SoloAdamW takes dense ones: "
+                        "set sparse=False on the embedding, or train it with torch.optim.SparseAdam"
+                    )
+                state = self.state[param]
+                if not state:
+                    state.update(self.new_state(group, name, param, param.device))
+                tensors.append(SoloTensor(param, grad, state, hypers[which], *layout))
+                owners.append(group)
+        for group, skipped in zip(owners, solo_step(tensors), strict=True):
+            group["nonfinite_skips"] += skipped
         return loss
 
-    def _step_tensor(self, group: ParamGroup, name: str, param: Tensor, grad: Tensor) -> None:
-        if grad.is_sparse:
-            raise InvalidArgumentError(
-                f"the gradient of parameter {name!r} is sparse, SoloAdamW takes dense ones: "
-                "set sparse=False on the embedding, or train it with torch.optim.SparseAdam"
-            )
-        if not grad.abs().amax() <= _LARGEST_GRADIENT:  # false for NaN as well
-            group["nonfinite_skips"] += 1
-            return
-        state = self.state[param]
-        if not state:
-            state.update(self.new_state(group, name, param, param.device))
-        state["step"] += 1
-        settings, shape = self.settings(group, name, param), _matrix_shape(param)
-        hyper = SoloHyperparameters(
-            lr=float(settings["lr"]),
-            beta1=adjusted_beta1(settings["betas"][0], settings["bits"][0], settings["reference_bits"]),
-            beta2=settings["betas"][1],
-            eps=settings["eps"],
-            weight_decay=settings["weight_decay"],
-            step=int(state["step"]),
-            bits=settings["bits"],
-            block_size=settings["block_size"],
-            quantile=settings["quantile"],
-            stochastic_rounding=settings["stochastic_rounding"],
-            bf16_stochastic_rounding=settings["bf16_stochastic_rounding"],
-            maximize=settings["maximize"],
-            seed=settings["seed"],
-            state_stream=stream_id(name, "state"),
-            weight_stream=stream_id(name, "weight"),
-        )
-        matrix = param.reshape(shape)
-        solo_step(matrix, grad.reshape(shape), _matrix_views(state, shape), hyper)
-        if matrix.data_ptr() != param.data_ptr():  # a memory format that has no matrix view, such as channels_last
-            param.copy_(matrix.view(param.shape))
+    def _current_plans(self) -> list["_GroupPlan"]:
+        """Return what is derived from names, shapes and settings, made again for all groups when any of them changed.
+
+        With thousands of parameters, deriving it would take longer than the step. It lives on the object but is no
+        state: copies and loaded optimizers derive their own.
+        """
+        sources = [_plan_source(group) for group in self.param_groups]
+        plans: list[_GroupPlan] = self.__dict__.get("_plans", [])
+        if [plan.source for plan in plans] != sources:
+            plans = [_GroupPlan(deepcopy(source), [], []) for source in sources]
+            plan_of = {id(group): plan for group, plan in zip(self.param_groups, plans, strict=True)}
+            for group, name, param in self.named_params():
+                plan_of[id(group)].add(self.settings(group, name, param), name, param)
+            self._plans = plans
+        return plans
+
+
+@dataclass
+class _GroupPlan:
+    """What the steps of one parameter group share, as long as ``source`` stays the same."""
+
+    source: tuple[Any, ...]
+    settings: list[ParamGroup]  # the distinct ones, by override and eligibility
+    constants: list[tuple[Any, ...]]  # of each parameter: name, index in settings, rows, columns, two noise streams
+
+    def add(self, settings: ParamGroup, name: str, param: Tensor) -> None:
+        chosen = {key: settings[key] for key in _OVERRIDABLE}
+        if chosen not in self.settings:
+            self.settings.append(chosen)
+        streams = stream_id(name, "state"), stream_id(name, "weight")
+        self.constants.append((name, self.settings.index(chosen), *_matrix_shape(param), *streams))
+
+
+def _plan_source(group: ParamGroup) -> tuple[Any, ...]:
+    # The address stands for the parameter: names may depend on its place, and shapes are compared as well.
+    tensors = [(id(param), param.shape) for param in group["params"]]
+    return tensors, group.get("param_names"), group["overrides"], [group[key] for key in _OVERRIDABLE]
+
+
+def _hyperparameters(group: ParamGroup, settings: ParamGroup) -> SoloHyperparameters:
+    beta1, beta2 = group["betas"]
+    return SoloHyperparameters(
+        lr=float(group["lr"]),
+        beta1=adjusted_beta1(beta1, settings["bits"][0], settings["reference_bits"]),
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        bits=settings["bits"],
+        block_size=settings["block_size"],
+        quantile=settings["quantile"],
+        stochastic_rounding=group["stochastic_rounding"],
+        bf16_stochastic_rounding=group["bf16_stochastic_rounding"],
+        maximize=group["maximize"],
+        seed=group["seed"],
+    )
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def test_state_dict_loads_with_weights_only(tmp_path) -> None:  # type: ignore[n
     scheduler.load_state_dict(torch.load(tmp_path / "schedule.pt", weights_only=True))
 
 
-@pytest.mark.parametrize("arguments", [(0, None), (-1, 10), (11, 10), (0, 10, 1.5)])
+@pytest.mark.parametrize("arguments", [(0, None), (-1, 10), (0, 10, 1.5)])
 def test_bad_arguments_are_named(arguments: tuple[float, ...]) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     with pytest.raises(InvalidArgumentError, match=r"total_steps|warmup_steps|min_lr_ratio"):

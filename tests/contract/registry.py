@@ -1,0 +1,107 @@
+"""Every technique of this project, each with the smallest configuration that switches it on.
+
+The contract tests run on every entry and on every pair of entries that can be used together. A new technique is one
+more :class:`Technique` in ``TECHNIQUES``; no test needs to be written for it here.
+"""
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A technique as a user would switch it on: the keys of a YAML file.
+
+    Attributes:
+        name: Test id.
+        optimizer: ``class_path`` and ``init_args`` in place of the module's own AdamW, at its learning rate and
+            without weight decay, so that a zero gradient means no movement. None leaves the module its own.
+        callbacks: Added to the run's callbacks, in this order.
+        trainer: Settings of the Trainer that belong to it, such as its strategy, plugins, or more ``max_steps``.
+        excludes: Names of techniques that it makes no sense with. Two optimizers, or two values of one ``trainer``
+            setting, exclude each other by themselves.
+        rejects: Trainer settings that it cannot work with, and what its error at the start of fit says (a regex).
+        survives_nonfinite: Whether weights stay finite after a step with infinite and NaN gradients.
+    """
+
+    name: str
+    optimizer: Config | None = None
+    callbacks: tuple[Config, ...] = ()
+    trainer: Config = field(default_factory=dict)
+    excludes: tuple[str, ...] = ()
+    rejects: dict[str, str] = field(default_factory=dict)
+    survives_nonfinite: bool = False
+
+
+SOLO = {"bits": [4, 2], "min_numel": 0}
+
+#: No technique at all. What the contract asks must hold here too, or the contract is wrong.
+BASELINE = Technique("adamw")
+
+TECHNIQUES = (
+    Technique(
+        "solo",
+        optimizer={
+            "class_path": "lowbit_lightning.optim.SoloAdamW",
+            "init_args": {"lr": 1e-2, "weight_decay": 0.0, **SOLO},
+        },
+        survives_nonfinite=True,
+    ),
+    Technique(
+        "quantize_optimizer_states",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.QuantizeOptimizerStates",
+                "init_args": {
+                    "optimizer": {"class_path": "lowbit_lightning.optim.SoloAdamW", "init_args": {**SOLO, "seed": 1}}
+                },
+            },
+        ),
+        survives_nonfinite=True,
+    ),
+)
+
+
+def make_sense_together(one: Technique, other: Technique) -> bool:
+    """Whether both can be on in one run."""
+    return not (
+        one.name in other.excludes
+        or other.name in one.excludes
+        or (one.optimizer and other.optimizer)
+        or one.trainer.keys() & other.trainer.keys() - {"max_steps"}
+    )
+
+
+def together(one: Technique, other: Technique) -> Technique:
+    """Both in one run."""
+    steps = [technique.trainer["max_steps"] for technique in (one, other) if "max_steps" in technique.trainer]
+    return Technique(
+        f"{one.name}+{other.name}",
+        one.optimizer or other.optimizer,
+        one.callbacks + other.callbacks,
+        one.trainer | other.trainer | ({"max_steps": max(steps)} if steps else {}),
+        rejects=one.rejects | other.rejects,
+        survives_nonfinite=one.survives_nonfinite or other.survives_nonfinite,
+    )
+
+
+def _cases() -> list[Any]:
+    """The baseline, every technique, every pair; of a technique's pairs all but its first are left to ``long``."""
+    cases, paired = [pytest.param(case, id=case.name) for case in (BASELINE, *TECHNIQUES)], set()
+    for one, other in combinations(TECHNIQUES, 2):
+        if make_sense_together(one, other):
+            marks = [pytest.mark.long] if {one.name, other.name} <= paired else []
+            paired |= {one.name, other.name}
+            pair = together(one, other)
+            cases.append(pytest.param(pair, id=pair.name, marks=marks))
+    return cases
+
+
+CASES = _cases()
+#: Parametrizes a test over the registry; its argument is called ``technique``.
+every_technique = pytest.mark.parametrize("technique", CASES)
