@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint types format evidence-quickstart clean
+.PHONY: quickstart test test-all lint types format evidence-quickstart evidence-solo digests clean
 
 # A bare `pip install torch` on Linux brings several GB of CUDA; constraints.txt says which versions we test with.
 $(STAMP): pyproject.toml constraints.txt
@@ -40,6 +40,14 @@ format: $(STAMP)
 
 evidence-quickstart: $(STAMP)
 	$(BIN)/python examples/evidence.py quickstart
+
+evidence-solo: $(STAMP)
+	$(BIN)/python examples/evidence.py solo
+	$(BIN)/python examples/long_run.py
+
+# Only after a change that is meant to change results: what `lowbit-lightning doctor --digest` compares with.
+digests: $(STAMP)
+	$(BIN)/python -m lowbit_lightning.commands.digest
 
 clean:
 	rm -rf build runs *.egg-info

@@ -59,8 +59,9 @@ class SoloTensor:
     """One parameter in one step.
 
     ``param`` and ``grad`` have any shape, memory format and floating dtype; they are seen as (rows, columns) in their
-    logical order. ``state`` holds the tensors listed at the top of this file and ``step``, 0-d fp32 on the CPU, which
-    counts the steps made so far. The streams come from :func:`.philox.stream_id`; ``first_row`` is the global row of a
+    logical order. ``state`` holds the tensors listed at the top of this file and ``step``, 0-d fp32, which counts the
+    steps made so far; it lives on the CPU, or with the parameter on CUDA, as does ``skips`` (0-d int64), which counts
+    the skipped ones where the host does not wait to see them. The streams come from :func:`.philox.stream_id`; ``first_row`` is the global row of a
     shard's first row.
     """
 
@@ -73,6 +74,7 @@ class SoloTensor:
     state_stream: int = 0
     weight_stream: int = 0
     first_row: int = 0
+    skips: Tensor | None = None
 
 
 def row_bytes(columns: int, block_size: int, bits: int) -> int:
@@ -257,7 +259,8 @@ def quantize_moments(
     quantile: float,
 ) -> None:
     """Encode (rows, columns) fp32 moments into ``state`` at the nearest levels, to take over a full-precision run."""
-    for segment in _segments(*exp_avg.shape, block_size):
+    rows, columns = exp_avg.shape
+    for segment in _segments(rows, columns, block_size):
         _encode_first(state, segment, segment.elements(exp_avg), bits[0])
         _encode_second(state, segment, segment.elements(exp_avg_sq), bits[1], quantile)
 
@@ -269,8 +272,6 @@ def solo_step(tensors: Sequence[SoloTensor]) -> list[bool]:
         For each tensor whether it was skipped, see :func:`solo_step_reference`.
     """
     library = load_library() if any(tensor.param.is_cpu for tensor in tensors) else None
-    compiled = [library is not None and takes(tensor) for tensor in tensors]
-    skipped = iter(step_compiled(library, [t for t, taken in zip(tensors, compiled, strict=True) if taken]))
-    return [
-        next(skipped) if taken else solo_step_reference(tensor) for tensor, taken in zip(tensors, compiled, strict=True)
-    ]
+    compiled = [tensor for tensor in tensors if takes(tensor)] if library else []
+    skipped = dict(zip(map(id, compiled), step_compiled(library, compiled), strict=True)) if library else {}
+    return [skipped[id(tensor)] if id(tensor) in skipped else solo_step_reference(tensor) for tensor in tensors]

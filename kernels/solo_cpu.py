@@ -37,12 +37,18 @@ from .dynamic import dynamic_map, dynamic_midpoints
 if TYPE_CHECKING:
     from .solo import SoloHyperparameters, SoloTensor
 
-_SOURCE = Path(__file__).with_name("solo.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / name for name in ("solo.cpp", "solo_formats.h", "workers.h")]
 # Nothing that would change a result: contraction is forbidden, the last two only drop errno and floating-point traps.
 _FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-fopenmp-simd"]
 _FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # Tried in this order: compilers differ in how they are told to use all that this processor can do.
-_TARGET_FLAGS = (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], [])
+_TARGET_FLAGS: tuple[list[str], ...] = (
+    ["-march=native", "-mprefer-vector-width=512"],
+    ["-march=native"],
+    ["-mcpu=native"],
+    [],
+)
 
 # As `enum Type` in solo.cpp.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -60,7 +66,7 @@ def takes(tensor: "SoloTensor") -> bool:
     for value in tensor.state.values():
         if not (value.is_cpu and value.is_contiguous()):
             return False
-    return param.numel() == grad.numel() == tensor.rows * tensor.columns
+    return 0 < param.numel() == grad.numel() == tensor.rows * tensor.columns
 
 
 def step_compiled(library: ctypes.CDLL, tensors: Sequence["SoloTensor"]) -> list[bool]:
@@ -177,9 +183,9 @@ def build_library(folder: Path) -> Path:
         OSError: the folder cannot be written.
     """
     compiler = _compiler()
-    source, constants = _SOURCE.read_bytes(), _constants_header()
+    sources, constants = [path.read_bytes() for path in _SOURCES], _constants_header()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    identity = repr((source, constants, _FLAGS, _TARGET_FLAGS, compiler, version, _processor()))
+    identity = repr((sources, constants, _FLAGS, _TARGET_FLAGS, compiler, version, _processor()))
     library = folder / f"solo_{hashlib.blake2s(identity.encode(), digest_size=10).hexdigest()}.so"
     if library.exists():
         return library
@@ -189,13 +195,13 @@ def build_library(folder: Path) -> Path:
         (Path(build) / "solo_constants.h").write_text(constants)
         output = Path(build) / "solo.so"
         for target in _TARGET_FLAGS:
-            command = [*compiler, *_FLAGS, *target, "-I", build, str(_SOURCE), "-o", str(output)]
+            command = [*compiler, *_FLAGS, *target, "-I", build, str(_SOURCES[0]), "-o", str(output)]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 output.replace(library)
                 return library
     raise _BuildError(
-        f"{shlex.join(compiler)} cannot compile {_SOURCE}; install a newer g++ or clang++, or name one in CXX. "
+        f"{shlex.join(compiler)} cannot compile {_SOURCES[0]}; install a newer g++ or clang++, or name one in CXX. "
         f"It says: {result.stderr.strip()[-500:]}"
     )
 

@@ -25,6 +25,7 @@ VERBS = {
     "list": "show the shipped recipes and techniques",
     "cp": "copy a shipped recipe or technique to change it: `cp NAME DEST [--force]`",
     "doctor": "describe this machine and what will work on it; --digest compares the kernels' results",
+    "bench": "measure on this machine: `bench optim` runs optimizer steps against torch, torchao and bitsandbytes",
 }
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
@@ -90,6 +91,10 @@ def _dispatch(arguments: list[str]) -> int | None:
         closest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
         guess = f" Did you mean {closest[0]}?" if closest else ""
         raise InvalidArgumentError(f"unknown verb {verb!r}.{guess} `lowbit-lightning --help` lists the verbs.")
+    if verb == "bench":  # has verbs of its own
+        from lowbit_lightning.commands import bench
+
+        return bench.run(rest)
     parser = argparse.ArgumentParser(prog=f"lowbit-lightning {verb}", description=VERBS[verb], allow_abbrev=False)
     if verb == "cp":
         parser.add_argument("name", help="as shown by `lowbit-lightning list`")

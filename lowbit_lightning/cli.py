@@ -148,7 +148,8 @@ class LowBitCLI(LightningCLI):
             callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
             # Barebones means nothing but the loop, to measure it.
             if not configured["barebones"] and not any(isinstance(callback, MemoryLedger) for callback in callbacks):
-                kwargs["callbacks"] = [*callbacks, MemoryLedger()]
+                callbacks.append(MemoryLedger())
+            kwargs["callbacks"] = _without_repetition(callbacks)
         trainer = super().instantiate_trainer(**kwargs)
         # Only where Lightning would use its default: other strategies and users bring their own.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -188,6 +189,18 @@ def quieten_lightning() -> None:
     warnings.filterwarnings(
         "ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning
     )
+
+
+def _without_repetition(callbacks: list[Any]) -> list[Any]:
+    """Drop a callback of ours that an earlier configuration brought already: overlays only ever append."""
+    kept: list[Any] = []
+    for callback in callbacks:
+        ours = type(callback).__module__.startswith("lowbit_lightning.")
+        if ours and any(type(callback) is type(other) for other in kept):
+            rank_zero_info(f"{type(callback).__name__} is configured more than once: the first one is used.")
+        else:
+            kept.append(callback)
+    return kept
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -37,6 +37,9 @@ def _globals_restored() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _empty_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Trainer without a root directory writes ``lightning_logs`` and ``checkpoints`` where it stands."""
+def _empty_working_folder(_globals_restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer without a root directory writes ``lightning_logs`` and ``checkpoints`` where it stands.
+
+    After the fixture above, so that what a test patched (``sys.modules`` even) is back before globals are restored.
+    """
     monkeypatch.chdir(tmp_path)

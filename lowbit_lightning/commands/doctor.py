@@ -86,7 +86,7 @@ def devices() -> list[str]:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [
-        f"CPU   {_cpu_model()}, {os.cpu_count()} cores, {usable} usable, {torch.get_num_threads()} torch threads",
+        f"CPU   {cpu_model()}, {os.cpu_count()} cores, {usable} usable, {torch.get_num_threads()} torch threads",
         f"RAM   {_memory()}",
     ]
     for index in range(torch.cuda.device_count()):
@@ -101,7 +101,8 @@ def devices() -> list[str]:
     return lines
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as the system gives it."""
     try:
         rows = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

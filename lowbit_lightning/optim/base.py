@@ -9,7 +9,6 @@ object: deepcopy, pickle, ``torch.load(weights_only=True)`` and asynchronous che
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -126,8 +125,9 @@ class LowBitOptimizer(Optimizer):
             return converted
         return {
             # torch keeps step counters on the CPU; all else lives beside the parameter.
-            key: value.detach().to(device="cpu" if key == "step" else param.device, copy=True)
-            for key, value in deepcopy(saved).items()
+            # Contiguous, as new_state makes it: the state of a channels_last parameter may come otherwise.
+            key: value.detach().to("cpu" if key == "step" else param.device, copy=True).contiguous()
+            for key, value in saved.items()
         }
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..errors import InvalidArgumentError
-from ..kernels.dynamic import dynamic_resolution
-from ..kernels.philox import stream_id
-from ..kernels.solo import (
+from lowbit_lightning.errors import InvalidArgumentError
+from lowbit_lightning.kernels.dynamic import dynamic_resolution
+from lowbit_lightning.kernels.philox import stream_id
+from lowbit_lightning.kernels.solo import (
     SoloHyperparameters,
     SoloTensor,
     dequantize_moments,
@@ -26,7 +26,7 @@ from ..kernels.solo import (
     row_bytes,
     solo_step,
 )
-from .base import LowBitOptimizer, ParamGroup, State
+from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State
 
 _BITS = (2, 3, 4, 8, 32)
 # Narrower rows would pay more for block scales than for codes (LoRA's B, depthwise convolutions).
@@ -137,7 +137,7 @@ class SoloAdamW(LowBitOptimizer):
 
     def settings(self, group: ParamGroup, name: str, param: Tensor) -> ParamGroup:
         """Return the group's settings with this parameter's overrides, and (32, 32) bits where it stays in fp32."""
-        override = next((s for pattern, s in group["overrides"].items() if fnmatch(name, pattern)), {})
+        override: ParamGroup = next((s for pattern, s in group["overrides"].items() if fnmatch(name, pattern)), {})
         settings = group | override
         if param.ndim < 2 or param.numel() < settings["min_numel"] or _matrix_shape(param)[1] < _MIN_COLUMNS:
             settings["bits"] = (32, 32)
@@ -175,14 +175,16 @@ class SoloAdamW(LowBitOptimizer):
         quantize_moments(exp_avg, exp_avg_sq, views, settings["bits"], settings["block_size"], settings["quantile"])
         return state
 
-    def dequantized_state(self, param: Tensor) -> dict[str, Tensor]:
-        """Return ``{"exp_avg", "exp_avg_sq"}`` of a parameter, fp32 and of its shape."""
+    def dequantized_state(self, param: Tensor, rows: int | None = None) -> dict[str, Tensor]:
+        """Return ``{"exp_avg", "exp_avg_sq"}`` of a parameter, fp32 and of its shape, or of its first ``rows``."""
         group, name = next((group, name) for group, name, own in self.named_params() if own is param)
-        settings, state, shape = self.settings(group, name, param), self.state[param], _matrix_shape(param)
-        exp_avg, exp_avg_sq = dequantize_moments(
-            _matrix_views(state, shape), *shape, settings["bits"], settings["block_size"]
-        )
-        return {"exp_avg": exp_avg.view(param.shape), "exp_avg_sq": exp_avg_sq.view(param.shape)}
+        settings, (all_rows, columns) = self.settings(group, name, param), _matrix_shape(param)
+        state = _matrix_views(self.state[param], (all_rows, columns))
+        part = {key: value[:rows] for key, value in state.items() if key != "step"}
+        shape = (all_rows if rows is None else min(rows, all_rows), columns)
+        exp_avg, exp_avg_sq = dequantize_moments(part, *shape, settings["bits"], settings["block_size"])
+        part_shape = param.shape if rows is None else param[:rows].shape
+        return {"exp_avg": exp_avg.view(part_shape), "exp_avg_sq": exp_avg_sq.view(part_shape)}
 
     def describe_technique(self) -> list[tuple[str, str, str]]:
         """Return one row for each pair of bits in use, with parameters, state bytes and the effective β₁."""
@@ -213,8 +215,19 @@ class SoloAdamW(LowBitOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors: list[SoloTensor] = []
+        owners, tensors = self.gather()
+        for group, skipped in zip(owners, solo_step(tensors), strict=True):
+            group["nonfinite_skips"] += skipped
+        return loss
+
+    def gather(self) -> tuple[list[ParamGroup], list[SoloTensor]]:
+        """Return all that the kernel needs for one step: the tensors that have a gradient, and the group of each.
+
+        Raises:
+            InvalidArgumentError: a gradient is sparse.
+        """
         owners: list[ParamGroup] = []
+        tensors: list[SoloTensor] = []
         for group, plan in zip(self.param_groups, self._current_plans(), strict=True):
             hypers = [_hyperparameters(group, settings) for settings in plan.settings]
             for param, constants in zip(group["params"], plan.constants, strict=True):
@@ -229,11 +242,9 @@ class SoloAdamW(LowBitOptimizer):
                 state = self.state[param]
                 if not state:
                     state.update(self.new_state(group, name, param, param.device))
-                tensors.append(SoloTensor(param, grad, state, hypers[which], *layout))
                 owners.append(group)
-        for group, skipped in zip(owners, solo_step(tensors), strict=True):
-            group["nonfinite_skips"] += skipped
-        return loss
+                tensors.append(SoloTensor(param, grad, state, hypers[which], *layout))
+        return owners, tensors
 
     def _current_plans(self) -> list["_GroupPlan"]:
         """Return what is derived from names, shapes and settings, made again for all groups when any of them changed.

@@ -1,0 +1,92 @@
+"""``lowbit-lightning bench WHAT``: measurements that anyone can repeat on their own machine.
+
+This file reads and checks the command line, without importing torch: a wrong name answers at once, and not after
+minutes of measuring.
+"""
+
+import argparse
+import difflib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lowbit_lightning.errors import InvalidArgumentError
+
+DEVICES = ("cpu", "cuda")
+DTYPES = ("fp32", "bf16")
+#: Name and what is stepped; the shapes are in :mod:`.bench_workloads`.
+WORKLOADS = {
+    "10m": "one tensor of 10M parameters",
+    "100m": "one tensor of 100M parameters",
+    "1b-mix": "the tensors of a 1B Llama, scaled down to what fits into memory",
+    "tiny": "2000 tiny tensors: norms, biases, LoRA factors",
+}
+DEFAULT_WORKLOADS = {"cpu": ["10m", "tiny"], "cuda": list(WORKLOADS)}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``bench`` with the arguments after that word.
+
+    Raises:
+        InvalidArgumentError: An unknown name, a number out of range, or a place to write that is not there.
+    """
+    options = _parser().parse_args(arguments)
+    device = _one_of("--device", options.device, DEVICES)
+    dtype = _one_of("--dtype", options.dtype, DTYPES)
+    workloads = [_one_of("--workload", name, WORKLOADS) for name in options.workload or DEFAULT_WORKLOADS[device]]
+    for name, value in (("--repeats", options.repeats), ("--threads", options.threads)):
+        if value is not None and value < 1:
+            raise InvalidArgumentError(f"bench: {name} {value} is out of range: at least 1")
+    for name, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidArgumentError(f"bench: {name} {str(path)!r}: the folder does not exist; create it first")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InvalidArgumentError(
+            "bench: --plot needs matplotlib, part of the extra 'evidence': pip install 'lowbit-lightning[evidence]'"
+        )
+    from lowbit_lightning.commands import bench_optim
+
+    return bench_optim.run(
+        device=device,
+        workloads=list(dict.fromkeys(workloads)),
+        dtype=dtype,
+        repeats=options.repeats,
+        threads=options.threads,
+        json_file=options.json,
+        plot_file=options.plot,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowbit-lightning bench", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    optim = verbs.add_parser(
+        "optim",
+        help="optimizer steps: time, memory and traffic, against torch, torchao and bitsandbytes",
+        description="Measure the steps of all optimizers against each other in one run. Peers that are not installed "
+        "are rows that say so: pip install 'lowbit-lightning[peers]'.",
+        epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in WORKLOADS.items()),
+        allow_abbrev=False,
+    )
+    optim.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    optim.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(WORKLOADS)}; by default 10m and tiny on a CPU, else all",
+    )
+    optim.add_argument("--dtype", default="fp32", help="of weights and gradients: fp32 (default) or bf16")
+    optim.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds of one step each (default 10)")
+    optim.add_argument("--threads", type=int, metavar="N", help="CPU threads, torch's own number by default")
+    optim.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with every single sample")
+    optim.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios to torch's fused AdamW there (PNG)")
+    return parser
+
+
+def _one_of(argument: str, value: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    if value in allowed:
+        return value
+    closest = difflib.get_close_matches(value, allowed, n=1)
+    guess = f" Did you mean {closest[0]}?" if closest else ""
+    raise InvalidArgumentError(f"bench: {argument} {value!r} is unknown; it is one of {', '.join(allowed)}.{guess}")
