@@ -189,7 +189,8 @@ def main() -> None:
         results = {variant: [future.result() for future in futures] for variant, futures in pending.items()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     made_on = f"{platform.machine()} CPU, torch {torch.__version__}"
-    text = f"{table(results)}\n\n{arguments.seeds} seeds (mean ± standard deviation), {made_on}.\n\n{lr_table(sweep_results)}\n"
+    seeds = f"{arguments.seeds} seeds (mean ± standard deviation), {made_on}."
+    text = f"{table(results)}\n\n{seeds}\n\n{lr_table(sweep_results)}\n"
     (arguments.out / f"{arguments.study}.md").write_text(text)
     (arguments.out / f"{arguments.study}.json").write_text(json.dumps(results, indent=1))
     plot(results, arguments.out / f"{arguments.study}.png")

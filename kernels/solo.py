@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import solo_triton
 from .dynamic import decode_dynamic, encode_dynamic
 from .elementary import LARGEST_SQUARABLE, sqrt
 from .logarithmic import decode_logarithmic, encode_logarithmic
@@ -60,9 +61,9 @@ class SoloTensor:
 
     ``param`` and ``grad`` have any shape, memory format and floating dtype; they are seen as (rows, columns) in their
     logical order. ``state`` holds the tensors listed at the top of this file and ``step``, 0-d fp32, which counts the
-    steps made so far; it lives on the CPU, or with the parameter on CUDA, as does ``skips`` (0-d int64), which counts
-    the skipped ones where the host does not wait to see them. The streams come from :func:`.philox.stream_id`; ``first_row`` is the global row of a
-    shard's first row.
+    steps made so far: on the CPU, but beside the parameter where that is on CUDA. There ``skips`` (0-d int64) counts
+    skipped steps, since the host does not wait to see them. The streams come from :func:`.philox.stream_id`;
+    ``first_row`` is the global row of a shard's first row.
     """
 
     param: Tensor
@@ -269,9 +270,14 @@ def solo_step(tensors: Sequence[SoloTensor]) -> list[bool]:
     """Make one step of all tensors in place, each on its own device, by the fastest way there is.
 
     Returns:
-        For each tensor whether it was skipped, see :func:`solo_step_reference`.
+        For each tensor whether it was skipped, see :func:`solo_step_reference`; False for one that was given to CUDA,
+        where it is only known later: there the tensor's ``skips`` counts.
     """
+    given = [tensor for tensor in tensors if tensor.param.is_cuda and solo_triton.takes(tensor)]
+    if given:
+        solo_triton.launch(given)
     library = load_library() if any(tensor.param.is_cpu for tensor in tensors) else None
     compiled = [tensor for tensor in tensors if takes(tensor)] if library else []
     skipped = dict(zip(map(id, compiled), step_compiled(library, compiled), strict=True)) if library else {}
+    skipped |= {id(tensor): False for tensor in given}
     return [skipped[id(tensor)] if id(tensor) in skipped else solo_step_reference(tensor) for tensor in tensors]

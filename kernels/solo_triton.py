@@ -5,11 +5,11 @@ and one per set of settings for everything else. Nothing waits for the device: s
 steps live on it, tables are copied from pinned memory and only when an address changed. Learning rate, betas, weight
 decay, eps and step are data to the kernels, so that no change of them compiles anything.
 
-Predicted for 4/2 bits and block 128 on an H100, to be held against a measurement: 13.7 bytes a parameter with fp32
-weights and gradients, 7.7 with bf16 ones, and once more the gradient (4 or 2 bytes) to check it. From the machine code
-that ptxas makes, an element takes about 150 instructions (bf16: 165), of which the bisection for the quantile is 28,
-division and square root 22, two logarithm polynomials and their draws 45: with 28·10¹² instructions a second this, and
-not the bytes, limits bf16.
+Not yet run on a GPU. Predicted for 4/2 bits and block 128: 13.7 bytes a parameter with fp32 weights and gradients, 7.7
+with bf16 ones, and once more the gradient (4 or 2 bytes) to check it. From the machine code that ptxas makes for an
+H100, an element takes about 165 instructions (bf16: 180): 28 in the bisection for the quantile, 22 in division and
+root, 40 in the logarithm, its draws and codes, 20 each in the search for a 4-bit code and its decoding. At 28·10¹²
+instructions a second, fp32 is near the time of its bytes and bf16 takes twice as long as its bytes.
 
 triton is imported at the first launch, not with this file.
 """
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # Calls of Philox, eight elements each, in one warp's tile: four to a thread.
 _WARP_CALLS = 128
-_LARGEST_BLOCK = 8 * 32 * _WARP_CALLS  # 32 warps are the most that share a tile
-# Programs that every multiprocessor should get before a program takes several tiles, and how many it then takes at most.
+_LARGEST_BLOCK = 8 * 16 * _WARP_CALLS  # 16 warps are the most that share a tile
+# Programs that every multiprocessor should get before a program takes several tiles, and how many it takes at most.
 _PROGRAMS_PER_PROCESSOR = 64
 _MOST_TILES = 16
 _CACHED_PLANS = 4
@@ -52,6 +52,8 @@ def takes(tensor: "SoloTensor") -> bool:
     """Return whether the kernels can step this tensor: fp32 or bf16, and its whole state contiguous beside it."""
     param, grad = tensor.param, tensor.grad
     dtypes = (torch.float32, torch.bfloat16)
+    if not is_available():
+        return False
     if param.dtype not in dtypes or grad.dtype not in dtypes or tensor.hyper.block_size > _LARGEST_BLOCK:
         return False
     return all(value.device == param.device == grad.device and value.is_contiguous() for value in tensor.state.values())
@@ -66,8 +68,11 @@ def step_triton(tensors: Sequence["SoloTensor"]) -> list[bool]:
     Returns:
         For each tensor whether it was skipped because of a gradient that is not finite.
     """
-    taken = {position: take for positions, takes in launch(tensors) for position, take in zip(positions, takes.tolist())}
-    return [not taken[position] for position in range(len(tensors))]
+    skipped = [False] * len(tensors)
+    for positions, taken in launch(tensors):
+        for position, take in zip(positions, taken.tolist(), strict=True):
+            skipped[position] = not take
+    return skipped
 
 
 def launch(tensors: Sequence["SoloTensor"]) -> list[tuple[list[int], Tensor]]:
@@ -76,8 +81,8 @@ def launch(tensors: Sequence["SoloTensor"]) -> list[tuple[list[int], Tensor]]:
     A skipped tensor adds one to its ``skips``, if it has such a counter.
 
     Returns:
-        For each device the positions of its tensors, and 1 for each that is stepped, 0 for each that is skipped, as fp32
-        on the device; valid until the next launch.
+        For each device the positions of its tensors, and on it, as fp32, 1 for each that is stepped and 0 for each that
+        is skipped; valid until the next launch.
     """
     devices: dict[torch.device, list[int]] = {}
     for position, tensor in enumerate(tensors):
@@ -102,7 +107,11 @@ class _Variant(NamedTuple):
     def tile(self) -> tuple[int, int]:
         """Return blocks and calls per block (a power of two) of a tile."""
         calls = 1 << (self.BLOCK // 8 - 1).bit_length()
-        return max(1, _WARP_CALLS // calls), calls
+        return max(1, self.warp_calls() // calls), calls
+
+    def warp_calls(self) -> int:
+        """Return the calls of a warp: fewer where addresses and masks of single elements would take its registers."""
+        return _WARP_CALLS if self.ALIGN == 4 else _WARP_CALLS // 2
 
 
 @dataclass
@@ -124,7 +133,9 @@ def _launch(tensors: list["SoloTensor"], device: torch.device) -> Tensor:
     written_back: list[tuple[Tensor, Tensor]] = []
     hypers: dict[int, tuple[int, SoloHyperparameters]] = {}
     rows, variants = array("q"), []
-    copies: list[Tensor] = []  # lives until all that read it is enqueued, after which its memory is only reused in order
+    copies: list[
+        Tensor
+    ] = []  # lives until all that read it is enqueued, after which its memory is only reused in order
     for tensor in tensors:
         param, grad = tensor.param, tensor.grad
         if not grad.is_contiguous():
@@ -143,15 +154,15 @@ def _launch(tensors: list["SoloTensor"], device: torch.device) -> Tensor:
             plan.hyper_values, plan.hypers = values, _to_device(torch.tensor(values, dtype=torch.float64), device)
         exact: dict[str, Any] = {"enable_fp_fusion": False}
         for is_bf16, programs in plan.checks:
-            kernels.check_gradients[(len(programs),)](plan.table, programs, plan.flags, is_bf16)
+            kernels.check_gradients[(len(programs),)](plan.table, programs, plan.flags, is_bf16, **exact)
         kernels.advance_steps[(len(tensors),)](plan.table, plan.hypers, plan.flags, plan.scalars, num_warps=1, **exact)
-        midpoints, cells = _tables_of_8_bits(device)
+        map_8, midpoints_8, cells = _tables_of_8_bits(device)
         for variant, tiles, programs in plan.steps:
             blocks, calls = variant.tile()
             kernels.solo_step[(len(programs),)](
-                plan.table, plan.hypers, plan.scalars, programs, tiles, _map(variant.FIRST_BITS, device), cells, midpoints,
+                plan.table, plan.hypers, plan.scalars, programs, tiles, map_8, cells, midpoints_8,
                 **variant._asdict(), TILE_BLOCKS=blocks, TILE_CALLS=calls,
-                num_warps=max(1, blocks * calls // _WARP_CALLS), **exact,
+                num_warps=max(1, blocks * calls // variant.warp_calls()), **exact,
             )  # fmt: skip
         for param, copy in written_back:
             param.copy_(copy)
@@ -228,7 +239,7 @@ def _new_plan(rows: "array[int]", variants: list[_Variant], device: torch.device
 
     checks = []
     for is_bf16 in sorted({variant.GRAD_BF16 for variant in variants}):
-        members = torch.tensor([i for i, variant in enumerate(variants) if variant.GRAD_BF16 == is_bf16])
+        members = torch.tensor([i for i, variant in enumerate(variants) if is_bf16 == variant.GRAD_BF16])
         programs = -(-column["numel"][members] // CHECK_ELEMENTS)
         checks.append((is_bf16, _distribute(members, programs, column["first_check"], device)))
 
@@ -237,7 +248,7 @@ def _new_plan(rows: "array[int]", variants: list[_Variant], device: torch.device
     for variant in dict.fromkeys(variants):
         members = torch.tensor([i for i, other in enumerate(variants) if other == variant])
         tiles = -(-column["blocks"][members] // variant.tile()[0])
-        share = int(tiles.sum()) // (processors * _PROGRAMS_PER_PROCESSOR)
+        share = int(tiles.sum()) // max(processors * _PROGRAMS_PER_PROCESSOR, 1)
         tiles_per_program = min(max(share, 1), _MOST_TILES)
         programs = -(-tiles // tiles_per_program)
         steps.append((variant, tiles_per_program, _distribute(members, programs, column["first_program"], device)))
@@ -262,17 +273,13 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 @cache
-def _map(bits: int, device: torch.device) -> Tensor:
-    return _to_device(torch.tensor(dynamic_map(bits) if bits != 32 else (0.0,), dtype=torch.float32), device)
-
-
-@cache
-def _tables_of_8_bits(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the midpoints, and the code of the lowest value of each cell: a value's bits without the low 17."""
+def _tables_of_8_bits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the map, its midpoints, and the code of the lowest value of each cell (leading bits of a value)."""
     from .solo_triton_kernels import CELL_SHIFT
 
     midpoints = torch.tensor((*dynamic_midpoints(8), 2.0), dtype=torch.float32)  # normalized values stay below 2
     bits = torch.arange(1 << (32 - CELL_SHIFT)) << CELL_SHIFT
     lowest = torch.where(bits < 1 << 31, bits, (bits | ((1 << CELL_SHIFT) - 1)) - (1 << 32))
     codes = torch.bucketize(lowest.to(torch.int32).view(torch.float32), midpoints, right=True).clamp_max(255)
-    return _to_device(midpoints, device), _to_device(codes.to(torch.uint8), device)
+    entries = torch.tensor(dynamic_map(8), dtype=torch.float32)
+    return _to_device(entries, device), _to_device(midpoints, device), _to_device(codes.to(torch.uint8), device)

@@ -1,12 +1,14 @@
+# ruff: noqa: RUF005, SIM108
+# Triton's compiler knows neither starred tuples nor conditional expressions of tensors.
 """The SOLO step on CUDA: what solo_step_reference in solo.py means, bit for bit, as three Triton kernels.
 
 ``check_gradients`` flags tensors with a gradient that is not finite, ``advance_steps`` counts the step and derives its
-scalars in fp64, ``solo_step`` does all else in one pass over memory. :mod:`.solo_triton` fills their tables and launches
-them; this file imports triton, that one does not.
+scalars in fp64, ``solo_step`` does all else in one pass over memory. :mod:`.solo_triton` fills their tables and
+launches them; this file imports triton, that one does not.
 
 Layout. One warp holds a tile of whole blocks. A block of 8 c elements is eight *lanes* of c: lane l, position i is
-element l c + i. Packed words, Philox calls and their draws are planar in just this way, so with one (blocks, c) tensor a
-lane everything but the reductions over a block happens inside a thread; with c = 16 four threads share a block, four
+element l c + i. Packed words, Philox calls and their draws are planar in just this way, so with one (blocks, c) tensor
+a lane everything but the reductions over a block happens inside a thread; with c = 16 four threads share a block, four
 elements of each lane to a thread, which loads and stores fp32 in 16 bytes. The compiler never has to move data between
 threads to change a layout.
 
@@ -68,6 +70,9 @@ _EXP2_TERMS = tl.constexpr(len(elementary.EXP2_COEFFICIENTS))
 _LARGEST_SPAN = _fp32(-logarithmic.LOG2_FLOOR)
 _LARGEST_ZERO = _fp32(logarithmic.LARGEST_ZERO)
 _SMALLEST_SPAN = _fp32(logarithmic.SMALLEST_SPAN)
+_MAP_2 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_map(2)))
+_MAP_3 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_map(3)))
+_MAP_4 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_map(4)))
 _MIDPOINTS_2 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoints(2)))
 _MIDPOINTS_3 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoints(3)))
 _MIDPOINTS_4 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoints(4)))
@@ -176,8 +181,8 @@ def _log2(x):
     bits = tl.maximum(x.to(tl.int32, bitcast=True), _SMALLEST_NORMAL_BITS)  # x is not negative
     exponent = (bits - _SQRT_HALF_BITS) >> 23
     t = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    polynomial = t * 0.0 + _LOG2_COEFFICIENTS[0]
-    for k in tl.static_range(1, _LOG2_TERMS):
+    polynomial = t * _LOG2_COEFFICIENTS[0] + _LOG2_COEFFICIENTS[1]
+    for k in tl.static_range(2, _LOG2_TERMS):
         polynomial = polynomial * t + _LOG2_COEFFICIENTS[k]
     return polynomial * t + exponent.to(tl.float32)
 
@@ -186,8 +191,8 @@ def _log2(x):
 def _exp2(y):
     whole = tl.floor(y)
     t = y - whole
-    polynomial = t * 0.0 + _EXP2_COEFFICIENTS[0]
-    for k in tl.static_range(1, _EXP2_TERMS):
+    polynomial = t * _EXP2_COEFFICIENTS[0] + _EXP2_COEFFICIENTS[1]
+    for k in tl.static_range(2, _EXP2_TERMS):
         polynomial = polynomial * t + _EXP2_COEFFICIENTS[k]
     return (polynomial * t + 1.0) * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
@@ -251,6 +256,25 @@ def _store_words(address, first, calls, i, inside, lanes, BITS: tl.constexpr, AL
 
 
 @triton.jit
+def _entry(code, map_8, BITS: tl.constexpr):
+    """Return the map's entry of a code. Few bits choose by selections: a gather's layout would be another one."""
+    if BITS == 8:
+        entry = tl.load(map_8 + code)
+    else:
+        entries: tl.constexpr = _MAP_2 if BITS == 2 else _MAP_3 if BITS == 3 else _MAP_4
+        candidates = ()
+        for k in tl.static_range(1 << (BITS - 1)):
+            candidates = candidates + (tl.where((code & 1) == 1, entries[2 * k + 1], entries[2 * k]),)
+        for bit in tl.static_range(1, BITS):
+            halved = ()
+            for k in tl.static_range(1 << (BITS - 1 - bit)):
+                halved = halved + (tl.where(((code >> bit) & 1) == 1, candidates[2 * k + 1], candidates[2 * k]),)
+            candidates = halved
+        entry = candidates[0]
+    return entry
+
+
+@triton.jit
 def _midpoint(midpoints: tl.constexpr, above, BITS: tl.constexpr, LEVEL: tl.constexpr):
     """Return the midpoint to compare with after LEVEL comparisons of a binary search, chosen by selections."""
     STEP: tl.constexpr = 1 << (BITS - LEVEL)
@@ -309,7 +333,7 @@ def _neighbours_of_rank(keys, length, rank, low, high):
     while tl.max(high - low, axis=0) > 0:
         near = tl.maximum(low - origin, 1).to(tl.float32).to(tl.int32, bitcast=True)
         far = (high - origin).to(tl.float32).to(tl.int32, bitcast=True)
-        pivot = origin + ((near + far) >> 1).to(tl.float32, bitcast=True).to(tl.int32)
+        pivot = origin + (near + ((far - near) >> 1)).to(tl.float32, bitcast=True).to(tl.int32)
         pivot = tl.where(high - low > 256, pivot, low + ((high - low) >> 1))  # rounding would stall the other
         pivot = tl.maximum(tl.minimum(pivot, high - 1), low)
         count = _count_not_above(keys, pivot)
@@ -383,7 +407,7 @@ def _adamw_update(param, grad, exp_avg, exp_avg_sq, factor1, factor2, denominato
 
 @triton.jit(do_not_specialize=["tiles_per_program"])
 def solo_step(
-    table, hypers, scalars, entry_of_program, tiles_per_program, dynamic_map, cells, midpoints_8,
+    table, hypers, scalars, entry_of_program, tiles_per_program, map_8, cells, midpoints_8,
     FIRST_BITS: tl.constexpr, SECOND_BITS: tl.constexpr, BLOCK: tl.constexpr,
     PARAM_BF16: tl.constexpr, GRAD_BF16: tl.constexpr,
     STATE_NOISE: tl.constexpr, WEIGHT_NOISE: tl.constexpr, MAXIMIZE: tl.constexpr,
@@ -428,7 +452,10 @@ def solo_step(
         exists = block < blocks
         if EVEN:
             elements = (block * BLOCK)[:, None]
-            first_bytes, second_bytes = (block * (BLOCK_CALLS * FIRST_BITS))[:, None], (block * (BLOCK_CALLS * SECOND_BITS))[:, None]
+            first_bytes, second_bytes = (
+                (block * (BLOCK_CALLS * FIRST_BITS))[:, None],
+                (block * (BLOCK_CALLS * SECOND_BITS))[:, None],
+            )
             call = ((block + first_row * blocks_per_row) * BLOCK_CALLS)[:, None] + i
             length = tl.full([TILE_BLOCKS], BLOCK, tl.int32)
             calls: tl.constexpr = BLOCK_CALLS
@@ -442,7 +469,10 @@ def solo_step(
             call = ((matrix_row + first_row) * ((columns + 7) // 8) + column // 8)[:, None] + i
             length = tl.minimum(columns - column, BLOCK).to(tl.int32)
             calls = ((length + 7) // 8)[:, None]
-            block_rank, block_weight = tl.where(length < BLOCK, last_rank, rank), tl.where(length < BLOCK, last_weight, weight)
+            block_rank, block_weight = (
+                tl.where(length < BLOCK, last_rank, rank),
+                tl.where(length < BLOCK, last_weight, weight),
+            )
         holds = exists[:, None] & (i < calls)
         insides = ()
         for lane in tl.static_range(8):
@@ -471,7 +501,7 @@ def solo_step(
             factors = (_exp2(log2_base)[:, None],)
             for bit in tl.static_range(1, SECOND_BITS):
                 factors = factors + (factors[bit - 1] * factors[bit - 1],)
-        # Philox counts in the layout of what was loaded, to which this zero ties it: a bf16's low bits, or those above a
+        # Philox counts in the layout of what was loaded, to which a zero ties it: a bf16's low bits, or those above a
         # packed word. Otherwise its words would have to change hands between threads.
         if WEIGHT_NOISE:
             weight_words = _philox(seed, weight_stream, step, call + (param_bits[0] & 1))
@@ -482,7 +512,7 @@ def solo_step(
             if FIRST_BITS == 32:
                 exp_avg = exp_avgs[lane].to(tl.float32, bitcast=True)
             else:
-                exp_avg = tl.load(dynamic_map + _code(first_words, lane, FIRST_BITS)) * scale1
+                exp_avg = _entry(_code(first_words, lane, FIRST_BITS), map_8, FIRST_BITS) * scale1
             if SECOND_BITS == 32:
                 exp_avg_sq = exp_avg_sqs[lane].to(tl.float32, bitcast=True)
             else:
@@ -494,7 +524,7 @@ def solo_step(
             # Phase 2: adamw_update.
             gradient = grad_bits[lane].to(tl.float32, bitcast=True)
             if MAXIMIZE:
-                gradient = -gradient
+                gradient *= -1.0
             updated, exp_avg, exp_avg_sq = _adamw_update(
                 param_bits[lane].to(tl.float32, bitcast=True), gradient, exp_avg, exp_avg_sq,
                 factor1, factor2, denominator_factor, eps, decay, step_size,
@@ -568,7 +598,8 @@ def solo_step(
             span = tl.minimum(log2_scale - _log2(last_level), _LARGEST_SPAN)
             per_step = tl.div_rn(span, span * 0.0 + LAST)
             tl.store(second_scale.to(tl.pointer_type(tl.int32)) + block, most, mask=exists)
-            tl.store(second_log2_base.to(tl.pointer_type(tl.float32)) + block, -per_step, mask=exists)
+            # Not a minus sign, which some versions of Triton subtract from zero: the span of a constant block is -0.
+            tl.store(second_log2_base.to(tl.pointer_type(tl.float32)) + block, per_step * -1.0, mask=exists)
             divisor = tl.maximum(per_step, _SMALLEST_SPAN)
             inverse = tl.div_rn(divisor * 0.0 + 1.0, divisor)[:, None]
             if STATE_NOISE:

@@ -75,6 +75,10 @@ def explain(message: str, arguments: Sequence[str], parser: LightningArgumentPar
     ):
         if found := re.search(pattern, message):
             return handler(given, *found.groups())
+    if found := re.search(
+        r"Import path does not correspond to a subclass of (\w+).*\n\s*Given value: (\S+)", message, re.S
+    ):
+        return _wrong_base(given, found[2], found[1])
     if found := re.search(r"Problem with given class_path '([^']+)':\s+(?=\S)(?!Parser key)(.+)", message):
         return _unknown_class(given, *found.groups())
     if found := re.search(r"(?:Group '(\w+)' does|does) not accept option '([^']+)'", message):

@@ -524,3 +524,11 @@ def test_options_between_configurations_do_not_hide_them(
     bad = write("trainer:\n  max_step: 2\n", "bad.yaml")
     assert main(["fit", "--trainer.max_time", "-1", "-c", write(complete), "--trainer.logger=false", "-c", bad]) == 2
     assert "bad.yaml, line 2" in capsys.readouterr().err
+
+
+def test_a_module_of_the_other_class_tree_on_the_command_line(
+    complete: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "pytorch_lightning.demos.boring_classes.BoringModel"
+    assert main(["fit", "-c", write(complete), "--model", name]) == 2
+    assert f"{name} is built on `pytorch_lightning`" in capsys.readouterr().err

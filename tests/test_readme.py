@@ -1,4 +1,4 @@
-"""Every command in README runs, shortened by size flags where it trains, and the example shown is the one that ships."""
+"""Every command in README runs, shortened by size flags where it trains; the example shown is the one that ships."""
 
 import re
 import runpy

@@ -71,7 +71,7 @@ class QuantizeOptimizerStates(Callback):
 
     def _configure_optimizers(self, pl_module: LightningModule, original: Any) -> Any:
         configured = original()
-        names = {param: name for name, param in pl_module.named_parameters()}
+        names: dict[torch.Tensor, str] = {param: name for name, param in pl_module.named_parameters()}
         for found in list(_objects(configured, Optimizer)):
             configured = _replaced(configured, found, self.convert(found, names))
         return configured

@@ -132,4 +132,4 @@ def _level_distance(sample: _Sample) -> Tensor:
 def _log2_ratio(new: Tensor, old: Tensor) -> Tensor:
     """Return |log2(new / old)|, 0 where either is 0 (a state before its first step has no ratio)."""
     ratio = (new.log2() - old.log2()).abs()
-    return torch.where((new > 0) & (old > 0), ratio, 0.0)
+    return ratio.where((new > 0) & (old > 0), torch.zeros(()))

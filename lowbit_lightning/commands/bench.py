@@ -87,6 +87,6 @@ def _one_of(argument: str, value: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if value in allowed:
         return value
-    closest = difflib.get_close_matches(value, allowed, n=1)
+    closest = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
     guess = f" Did you mean {closest[0]}?" if closest else ""
     raise InvalidArgumentError(f"bench: {argument} {value!r} is unknown; it is one of {', '.join(allowed)}.{guess}")

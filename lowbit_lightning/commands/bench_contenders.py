@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,19 +27,20 @@ class UnavailableError(Exception):
     """Why an optimizer cannot take part, in a few words."""
 
 
-def _torch(**implementation: bool) -> _Make:
-    return lambda params: torch.optim.AdamW(params, _LR, weight_decay=_WEIGHT_DECAY, **implementation)
+def _torch(implementation: Literal["fused", "foreach"]) -> _Make:
+    fused = implementation == "fused"
+    return lambda params: torch.optim.AdamW(params, _LR, weight_decay=_WEIGHT_DECAY, fused=fused, foreach=not fused)
 
 
 def _peer(package: str, module: str, name: str) -> _Make:
     def make(params: Sequence[nn.Parameter]) -> Optimizer:
         try:
-            found = getattr(importlib.import_module(module), name)
+            importlib.import_module(package)
         except ModuleNotFoundError as error:
             if error.name != package:
                 raise
             raise UnavailableError(f"{package} is not installed: pip install 'lowbit-lightning[peers]'") from error
-        optimizer: Optimizer = found(params, _LR, weight_decay=_WEIGHT_DECAY)
+        optimizer: Optimizer = getattr(importlib.import_module(module), name)(params, _LR, weight_decay=_WEIGHT_DECAY)
         return optimizer
 
     return make
@@ -49,8 +51,8 @@ def _solo(first: int, second: int) -> _Make:
 
 
 CONTENDERS: dict[str, _Make] = {
-    BASELINE: _torch(fused=True),
-    "torch foreach": _torch(foreach=True),
+    BASELINE: _torch("fused"),
+    "torch foreach": _torch("foreach"),
     "torchao 8-bit": _peer("torchao", "torchao.optim", "AdamW8bit"),
     "torchao 4-bit": _peer("torchao", "torchao.optim", "AdamW4bit"),
     "torchao fp8": _peer("torchao", "torchao.optim", "AdamWFp8"),

@@ -1,6 +1,7 @@
 """How ``bench`` measures time, memory and bandwidth on a device."""
 
 import ctypes
+import gc
 import os
 import re
 import time
@@ -34,7 +35,7 @@ def seconds(step: Step, device: str) -> float:
     step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 class Copy:
@@ -108,7 +109,9 @@ def stored_bytes(state: object) -> int:
 
 def available_bytes(device: str) -> int | None:
     """Return the memory that can still be allocated, None where unknown."""
+    gc.collect()  # optimizers of an earlier workload may sit in reference cycles
     if device == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
@@ -130,4 +133,7 @@ def load_note() -> str | None:
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load < 0.3 * processors:
         return None
-    return f"the machine is busy (load {load:.1f} on {processors} processors): times are provisional, ratios less so"
+    return (
+        f"the machine is busy (load {load:.1f} on {processors} processors): times are provisional, and with more than "
+        "one thread so are ratios, since threads wait for each other; --threads 1 is safer"
+    )

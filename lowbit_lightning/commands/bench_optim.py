@@ -3,7 +3,8 @@
 For each workload every optimizer is first probed in a process of its own (:mod:`.bench_probe`). Those that can step it
 then run against each other in this process, on the same weights and gradients, in turns: A B C, A B C, ... so that a
 machine that gets slower or faster does so for all of them. Before each step a large tensor is copied, which empties the
-caches and measures the bandwidth at that very moment; a second step after it runs on warm caches. Ratios are taken within a round, and their median is shown.
+caches and measures the bandwidth at that very moment; a second step right after it runs on warm caches. Ratios are
+taken within a round, and their median is shown.
 
 Bytes moved are not measured but follow from what has to be read and written at the least: weights (read, written),
 gradients (read), states (read, written).
@@ -32,6 +33,8 @@ from .bench_workloads import DTYPES, Workload, plan_workload
 from .doctor import cpu_model
 
 _WARM_UP = 2
+# Who takes longer than this for a step sits out after a few rounds: the rest of the run would be spent waiting for it.
+_SLOW_SECONDS, _SLOW_ROUNDS = 2.0, 3
 
 
 @dataclass
@@ -110,6 +113,7 @@ def measure(workload: Workload, device: str, dtype: str, repeats: int) -> dict[s
 
     params = workload.make_params(device, DTYPES[dtype])
     steps: dict[str, Step] = {}
+    rounds: dict[str, int] = {}
     with peers_silenced():
         for name, row in rows.items():
             if row.probe.reason is not None:
@@ -117,19 +121,21 @@ def measure(workload: Workload, device: str, dtype: str, repeats: int) -> dict[s
             _progress(workload, f"{name}: warming up")
             try:
                 optimizer = build(name, params)
-                for _ in range(_WARM_UP):
-                    optimizer.step()
+                slow = [seconds(optimizer.step, device) for _ in range(_WARM_UP)][-1] > _SLOW_SECONDS
             except UnavailableError as error:
                 row.probe = Probe(reason=str(error))
             except Exception as error:
                 row.probe = Probe(reason=reason(error))
             else:
                 steps[name] = optimizer.step
+                rounds[name] = min(repeats, _SLOW_ROUNDS) if slow else repeats
         copy = Copy(device)
         copy()
         for turn in range(repeats):
             _progress(workload, f"round {turn + 1} of {repeats}")
             for name, step in steps.items():
+                if turn >= rounds[name]:
+                    continue
                 rows[name].copy_samples.append(seconds(copy, device))
                 rows[name].samples.append(seconds(step, device))
                 rows[name].warm_samples.append(seconds(step, device))
@@ -173,8 +179,8 @@ def _figures(row: Row, baseline: Row, numel: int, itemsize: int, copied: int) ->
 
 
 def _ratio(own: list[float], baseline: list[float]) -> float | None:
-    """Return the median of the ratios within rounds, None where the baseline could not run."""
-    return median(a / b for a, b in zip(own, baseline, strict=True)) if baseline else None
+    """Return the median of the ratios within the rounds that both ran in, None where the baseline could not run."""
+    return median(a / b for a, b in zip(own, baseline, strict=False)) if baseline else None
 
 
 def _progress(workload: Workload, text: str) -> None:

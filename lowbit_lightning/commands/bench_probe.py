@@ -41,10 +41,10 @@ def probe_in_process(name: str, workload: Workload, device: str, dtype: str, thr
         environment = os.environ | {key: os.path.join(folder, key) for key in _CACHES}
         environment["OMP_NUM_THREADS"] = str(threads)
         task = json.dumps([name, asdict(workload), device, dtype, threads])
-        command = [sys.executable, "-W", "ignore", "-m", __name__, task]
+        command = [sys.executable, "-W", "ignore", "-m", __name__]
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+                command, env=environment, input=task, capture_output=True, text=True, timeout=_TIMEOUT, check=False
             )
         except subprocess.TimeoutExpired:
             return Probe(reason=f"no answer in {_TIMEOUT} seconds")
@@ -77,8 +77,8 @@ def probe(name: str, workload: Workload, device: str, dtype: str) -> Probe:
 
 
 def main() -> None:
-    """Probe what the argument says and print the result as the last line."""
-    name, workload, device, dtype, threads = json.loads(sys.argv[1])
+    """Probe what standard input asks for and print the result as the last line."""
+    name, workload, device, dtype, threads = json.load(sys.stdin)
     torch.set_num_threads(threads)
     torch.ones(1, device=device).sum().item()  # a CUDA context is not part of an optimizer's first step
     result: dict[str, Any] = asdict(probe(name, Workload(**workload), device, dtype))

@@ -24,8 +24,8 @@ def header(setting: dict[str, Any]) -> str:
     """Return the lines that say where and how was measured."""
     versions = [f"{name} {version or 'not installed'}" for name, version in setting["versions"].items()]
     lines = [
-        f"{setting['device']} ({setting['device_type']}), {setting['threads']} threads, {setting['dtype']} weights and "
-        f"gradients, {setting['repeats']} rounds",
+        f"{setting['device']} ({setting['device_type']}), threads: {setting['threads']}, "
+        f"{setting['dtype']} weights and gradients, {setting['repeats']} rounds",
         ", ".join(versions),
     ]
     if setting["remark"]:
@@ -95,6 +95,6 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{workload['name']}: {_size(workload)}")
         axes.set_xlabel("step time against torch's fused AdamW; label: bytes of state per parameter")
     setting = report["setting"]
-    figure.suptitle(f"{setting['device']}, {setting['threads']} threads, {setting['dtype']}")
+    figure.suptitle(f"{setting['device']}, threads: {setting['threads']}, {setting['dtype']}")
     with atomic_file(path) as file:
         figure.savefig(file, dpi=150, format="png")

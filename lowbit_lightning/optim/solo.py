@@ -148,7 +148,9 @@ class SoloAdamW(LowBitOptimizer):
         settings = self.settings(group, name, param)
         (rows, columns), block_size = _matrix_shape(param), settings["block_size"]
         blocks = -(-columns // block_size)
-        state = {"step": torch.zeros((), dtype=torch.float32)}
+        # On CUDA it is the kernel that counts, so that the host need not wait to know which steps are skipped.
+        counter_device = device if device.type == "cuda" else torch.device("cpu")
+        state = {"step": torch.zeros((), dtype=torch.float32, device=counter_device)}
         for key, bits in zip(("exp_avg", "exp_avg_sq"), settings["bits"], strict=True):
             if bits == 32:
                 state[key] = torch.zeros(param.shape, dtype=torch.float32, device=device)
@@ -217,7 +219,8 @@ class SoloAdamW(LowBitOptimizer):
                 loss = closure()
         owners, tensors = self.gather()
         for group, skipped in zip(owners, solo_step(tensors), strict=True):
-            group["nonfinite_skips"] += skipped
+            if skipped:
+                group["nonfinite_skips"] += 1
         return loss
 
     def gather(self) -> tuple[list[ParamGroup], list[SoloTensor]]:
@@ -242,9 +245,19 @@ class SoloAdamW(LowBitOptimizer):
                 state = self.state[param]
                 if not state:
                     state.update(self.new_state(group, name, param, param.device))
+                if param.is_cuda and not state["step"].is_cuda:  # loaded: checkpoints bring it to the CPU
+                    state["step"] = state["step"].to(param.device)
                 owners.append(group)
                 tensors.append(SoloTensor(param, grad, state, hypers[which], *layout))
+                tensors[-1].skips = _device_skips(group, param)
         return owners, tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; counts that live on a device become integers."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["nonfinite_skips"] = int(group["nonfinite_skips"])
+        return saved
 
     def _current_plans(self) -> list["_GroupPlan"]:
         """Return what is derived from names, shapes and settings, made again for all groups when any of them changed.
@@ -301,6 +314,16 @@ def _hyperparameters(group: ParamGroup, settings: ParamGroup) -> SoloHyperparame
         maximize=group["maximize"],
         seed=group["seed"],
     )
+
+
+def _device_skips(group: ParamGroup, param: Tensor) -> Tensor | None:
+    """Return the group's count of skipped steps as the device counter that the kernel adds to, None for the CPU."""
+    if not param.is_cuda:
+        return None
+    if not isinstance(group["nonfinite_skips"], Tensor):
+        group["nonfinite_skips"] = torch.tensor(group["nonfinite_skips"], device=param.device)
+    counter: Tensor = group["nonfinite_skips"]
+    return counter if counter.device == param.device else None
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def test_groups_keep_their_settings_and_get_low_bit_states() -> None:
     [
         warm_up,
         lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (step + 1)),
-        lambda optimizer: ChainedScheduler([LinearLR(optimizer, 0.1, 1.0, 3), LambdaLR(optimizer, lambda step: 0.9**step)]),
+        lambda optimizer: ChainedScheduler([LinearLR(optimizer, 0.1), LambdaLR(optimizer, lambda step: 0.9**step)]),
         lambda optimizer: ChainedScheduler([warm_up(optimizer), LambdaLR(optimizer, lambda step: 0.9**step)]),
     ],
 )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from lowbit_lightning.kernels import solo_cpu
 from lowbit_lightning.kernels.dynamic import dynamic_map, dynamic_midpoints, encode_dynamic
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
@@ -21,7 +23,6 @@ from lowbit_lightning.kernels.solo import (
     solo_step,
     solo_step_reference,
 )
-from torch import Tensor
 
 BITS = (2, 3, 4, 8, 32)
 

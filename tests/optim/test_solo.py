@@ -320,11 +320,23 @@ def test_bf16_weights_feel_a_decay_below_their_resolution() -> None:
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("lr", -1.0), ("betas", (0.9, 1.0)), ("betas", (0.9,)), ("eps", -1e-8), ("weight_decay", -0.1), ("bits", (4, 5)),
-        ("bits", (4,)), ("block_size", 100), ("block_size", 0), ("quantile", 1.0), ("quantile", -0.1),
-        ("reference_bits", 1), ("min_numel", -1), ("overrides", {"*": {"lr": 1}}), ("overrides", {"*": {"bits": [1, 2]}}),
+        ("lr", -1.0),
+        ("betas", (0.9, 1.0)),
+        ("betas", (0.9,)),
+        ("eps", -1e-8),
+        ("weight_decay", -0.1),
+        ("bits", (4, 5)),
+        ("bits", (4,)),
+        ("block_size", 100),
+        ("block_size", 0),
+        ("quantile", 1.0),
+        ("quantile", -0.1),
+        ("reference_bits", 1),
+        ("min_numel", -1),
+        ("overrides", {"*": {"lr": 1}}),
+        ("overrides", {"*": {"bits": [1, 2]}}),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named_with_value_and_range(argument: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=argument):
         make(**{argument: value})
