@@ -158,6 +158,13 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def show_in_readme(readme: Path, mark: str, text: str) -> None:
+    """Put a text between the two marks of that name."""
+    before, rest = readme.read_text().split(f"<!-- {mark} -->\n")
+    _, after = rest.split(f"<!-- /{mark} -->")
+    readme.write_text(f"{before}<!-- {mark} -->\n{text}<!-- /{mark} -->{after}")
+
+
 def _finite_loss(result: dict[str, Any]) -> float:
     loss: float = result["val_loss"]
     return loss if math.isfinite(loss) else math.inf
@@ -194,6 +201,10 @@ def main() -> None:
     (arguments.out / f"{arguments.study}.md").write_text(text)
     (arguments.out / f"{arguments.study}.json").write_text(json.dumps(results, indent=1))
     plot(results, arguments.out / f"{arguments.study}.png")
+    readme = ROOT / "README.md"
+    if arguments.out == RESULTS and f"<!-- evidence:{arguments.study} -->" in readme.read_text():
+        image = f"![validation loss over steps](examples/results/{arguments.study}.png)"
+        show_in_readme(readme, f"evidence:{arguments.study}", f"{text}\n{image}\n")
     print(f"\n{text}\nwritten to {arguments.out}")
 
 

@@ -71,10 +71,12 @@ def encode_logarithmic(
     scale = values.amax(dim=-1)
     log2_scale = log2(scale)
     span = torch.clamp_max(log2_scale - log2(block_quantile(values, quantile)), -LOG2_FLOOR)
-    step = torch.clamp_min(span / last, SMALLEST_SPAN)
+    # By a tensor: on CUDA torch multiplies by the reciprocal of a Python divisor, which rounds otherwise.
+    log2_step = span / torch.tensor(float(last), device=values.device)
+    step = torch.clamp_min(log2_step, SMALLEST_SPAN)
     steps_below = (log2_scale.unsqueeze(-1) - log2(values)) * (1.0 / step).unsqueeze(-1)
     codes = torch.clamp(torch.floor(steps_below + rounding), 0, last)
-    return codes.to(torch.uint8), scale, -span / last
+    return codes.to(torch.uint8), scale, -log2_step
 
 
 def decode_logarithmic(codes: Tensor, scale: Tensor, log2_base: Tensor, bits: int) -> Tensor:

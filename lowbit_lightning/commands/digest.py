@@ -7,8 +7,9 @@ difference names the first tensor that has one.
 """
 
 import hashlib
+import itertools
 import json
-import sys
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_lightning import kernels
+from lowbit_lightning.kernels import solo_triton
 from lowbit_lightning.kernels.philox import block_calls, draw_16bit
-from lowbit_lightning.kernels.solo import SoloTensor, solo_step, solo_step_reference
+from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
 from lowbit_lightning.kernels.solo_cpu import load_library, step_compiled
+from lowbit_lightning.kernels.solo_triton import step_triton
 from lowbit_lightning.optim import SoloAdamW
 
 STEPS = 20
@@ -44,7 +47,7 @@ def digest(tensor: Tensor) -> str:
 
 def solo_digests(bits: tuple[int, int], dtype: torch.dtype, device: str, step_function: Step) -> dict[str, str]:
     """Return the digest of the weights and of every state tensor after the fixed steps of :class:`SoloAdamW`."""
-    shapes = {"matrix": (24, 200), "vector": (1, 77)}
+    shapes = {"matrix": (8, 200), "vector": (1, 77)}
     params = {name: nn.Parameter(numbers(*shape, 1, 0).to(device, dtype)) for name, shape in shapes.items()}
     params["vector"] = nn.Parameter(params["vector"].detach()[0])
     optimizer = SoloAdamW(params.items(), lr=2.0**-7, weight_decay=0.125, bits=bits, min_numel=0)
@@ -68,7 +71,9 @@ def paths() -> Iterator[tuple[str, str, Step]]:
         yield "compiled, CPU", "cpu", lambda tensors: step_compiled(library, tensors)
     if torch.cuda.is_available():
         yield "reference, CUDA", "cuda", _reference
-        yield "Triton, CUDA", "cuda", solo_step
+        yield "Triton, CUDA", "cuda", step_triton
+    elif solo_triton.is_available() and os.environ.get("TRITON_INTERPRET") == "1":
+        yield "Triton, interpreted", "cpu", step_triton
 
 
 def _reference(tensors: Sequence[SoloTensor]) -> list[bool]:
@@ -95,8 +100,9 @@ def run() -> int:
     expected: dict[str, dict[str, str]] = json.loads(_DIGESTS.read_text())
     different = 0
     for path, device, step_function in paths():
-        print(path)
-        for name, found in cases(device, step_function):
+        interpreted = path == "Triton, interpreted"
+        print(f"{path} (one case of SOLO: it is slow)" if interpreted else path)
+        for name, found in itertools.islice(cases(device, step_function), 2 if interpreted else None):
             tensor = first_difference(found, expected.get(name, {}))
             different += tensor is not None
             print(f"  {name:<20} {'same' if tensor is None else f'DIFFERS, first in {tensor}'}", flush=True)
@@ -109,4 +115,3 @@ def run() -> int:
 
 if __name__ == "__main__":  # `make digests`, after a change that is meant to change results
     _DIGESTS.write_text(json.dumps(dict(cases("cpu", _reference)), indent=1) + "\n")
-    sys.exit(run())

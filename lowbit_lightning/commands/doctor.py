@@ -38,6 +38,11 @@ def run(digest: bool = False) -> int:
         digest: Run :mod:`lowbit_lightning.commands.digest` instead.
     """
     if digest:
+        import torch
+
+        if not torch.cuda.is_available():
+            # Without a GPU Triton only interprets, if told so before it is imported, which torch's optimizers do.
+            os.environ.setdefault("TRITON_INTERPRET", "1")
         from lowbit_lightning.commands import digest as digest_command
 
         return digest_command.run()

@@ -10,7 +10,9 @@ from lowbit_lightning.commands import digest
 from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
 
 
-def test_this_machine_computes_the_committed_bits(capsys: Any) -> None:
+def test_this_machine_computes_the_committed_bits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    # Interpreting Triton takes half a minute; tests/kernels/test_solo_triton.py has its own comparison.
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["doctor", "--digest"]) == 0
     text = capsys.readouterr().out
     assert "reference, CPU" in text
