@@ -125,7 +125,7 @@ class SwampingMonitor(Callback):
 
 def _level_distance(sample: _Sample) -> Tensor:
     """Return the distance of neighbouring levels in log2, (rows, columns), from the blocks' bases."""
-    base = sample.optimizer.state[sample.param]["exp_avg_sq_log2_base"][: sample.rows].float()
+    base: Tensor = sample.optimizer.state[sample.param]["exp_avg_sq_log2_base"][: sample.rows].float()
     return (-base).repeat_interleave(sample.block_size, dim=1)[:, : sample.exact.shape[1]].clamp_min(1e-3)
 
 
