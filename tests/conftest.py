@@ -14,6 +14,10 @@ import torch.distributed as dist
 # it many times longer than it computes. A test of threading sets its own number.
 torch.set_num_threads(1)
 
+# Without a GPU, Triton's kernels run in its interpreter, which must be asked for before triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

@@ -1,8 +1,7 @@
 """The Triton step is the reference bit for bit: on CUDA where there is one, else in Triton's interpreter."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,36 +16,11 @@ KERNELS = "lowbit_lightning.kernels.solo_triton_kernels"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _triton_modules() -> dict[str, ModuleType]:
-    # The extension module can only be loaded once, and does not care.
-    return {k: v for k, v in sys.modules.items() if k.split(".")[0] == "triton" and not k.startswith("triton._C")}
-
-
-def _swap_triton(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-    """Let ``modules`` be the triton that imports find, and return those that were."""
-    found = _triton_modules()
-    for name in found:
-        del sys.modules[name]
-    sys.modules.update(modules)
-    return found
-
-
-# Triton decides when it is imported whether it interprets, and something else may have imported it, so the interpreter
-# is a second copy, which is in place while a test of this file runs; neither it nor the variable is left behind.
-_interpreting: dict[str, ModuleType] = {}
-
-
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if DEVICE.type == "cuda":
-        yield
-        return
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter takes as long for a tile of any size; a GPU is tested with the tiles it is used with.
-    monkeypatch.setattr(solo_triton, "_WARP_CALLS", 1024)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    others = _swap_triton(_interpreting)
-    yield
-    _interpreting.update(_swap_triton(others))
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(solo_triton, "_WARP_CALLS", 1024)
 
 
 @pytest.fixture(autouse=True)
@@ -244,10 +218,11 @@ def test_cells_give_every_8_bit_code() -> None:
 
 
 def test_the_cpu_path_does_not_import_triton() -> None:
-    kernels = sys.modules.pop(KERNELS)
+    kernels = sys.modules.pop(KERNELS, None)
     try:
         tensor = new_tensor(2, 64, hyperparameters((4, 2)))
         solo_step([tensor])
         assert KERNELS not in sys.modules
     finally:
-        sys.modules[KERNELS] = kernels
+        if kernels is not None:
+            sys.modules[KERNELS] = kernels
