@@ -6,9 +6,12 @@ STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test test-all lint types format evidence-quickstart evidence-solo digests clean
 
-# A bare `pip install torch` on Linux brings several GB of CUDA; constraints.txt says which versions we test with.
+# constraints.txt says which versions we test with. On Linux the package index's torch is its CUDA build.
 $(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.12 (or 3.11)"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || \
+	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make environments: install its venv package"; exit 2; }
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@

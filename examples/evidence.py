@@ -7,6 +7,7 @@ goes on where it stopped; delete runs/evidence to start over.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ import matplotlib
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lowbit_lightning import configs
 from lowbit_lightning.cli import LowBitCLI
 from lowbit_lightning.optim import state_bytes
 
@@ -78,7 +80,10 @@ def run(
 ) -> dict[str, Any]:
     """Train once and return the measurements, or read them if this run was finished before."""
     name = variant.replace("/", "-").replace(" ", "-").replace(",", "")
-    done = RUNS / recipe / f"{name}-lr{lr:g}-seed{seed}.json"  # by recipe: studies share runs
+    # Whatever decides the result is in the name, so that a run made otherwise is never taken for this one.
+    settings = [configs.shipped("recipes")[recipe].read_text(), optimizer, extra]
+    identity = hashlib.blake2s(json.dumps(settings).encode(), digest_size=4).hexdigest()
+    done = RUNS / recipe / f"{name}-lr{lr:g}-seed{seed}-{identity}.json"
     if done.exists():
         return json.loads(done.read_text())
     torch.set_num_threads(threads)
@@ -202,7 +207,7 @@ def main() -> None:
     (arguments.out / f"{arguments.study}.json").write_text(json.dumps(results, indent=1))
     plot(results, arguments.out / f"{arguments.study}.png")
     readme = ROOT / "README.md"
-    if arguments.out == RESULTS and f"<!-- evidence:{arguments.study} -->" in readme.read_text():
+    if arguments.out == RESULTS and not extra and f"<!-- evidence:{arguments.study} -->" in readme.read_text():
         image = f"![validation loss over steps](examples/results/{arguments.study}.png)"
         show_in_readme(readme, f"evidence:{arguments.study}", f"{text}\n{image}\n")
     print(f"\n{text}\nwritten to {arguments.out}")

@@ -129,7 +129,8 @@ def _disk_full(error: OSError) -> str:
     what = f" while writing {str(path)!r}" if path else ""
     return (
         f"no space left on the disk{what}: {free:,.0f} MiB free in {folder!r}. Nothing half-written was kept."
-        " Free some space (old checkpoints are the usual place), or write elsewhere with --trainer.default_root_dir."
+        " Free some space (old checkpoints are the usual place), or write elsewhere: the logger's save_dir"
+        " (--trainer.logger.init_args.save_dir), or without one --trainer.default_root_dir, decides where."
     )
 
 

@@ -70,14 +70,17 @@ def is_local_file(ckpt_path: _PATH | None) -> bool:
     return bool(text) and text not in KEYWORDS and "://" not in text and not text.startswith("registry")
 
 
+def has_own_folder(trainer: Trainer) -> bool:
+    """Whether a ModelCheckpoint has a ``dirpath`` of its own, where Lightning itself finds ``last``."""
+    return any(isinstance(saver, ModelCheckpoint) and saver.dirpath for saver in trainer.checkpoint_callbacks)
+
+
 def last_of_earlier_runs(trainer: Trainer) -> Path | None:
     """The newest ``last.ckpt`` among the logger's versions, for ``--ckpt_path last``.
 
     Lightning looks only in the folder of the run that is starting, which a logger that counts versions has just made:
-    a killed run would silently start from scratch. A ModelCheckpoint with a ``dirpath`` of its own needs no such help.
+    a killed run would silently start from scratch.
     """
-    if any(isinstance(saver, ModelCheckpoint) and saver.dirpath for saver in trainer.checkpoint_callbacks):
-        return None
     found = (
         path
         for logger in trainer.loggers

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -44,7 +44,11 @@ __all__ = ["LowBitCLI", "main", "run"]
 
 
 class AtomicSaveConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` beside the logs like the stock callback, but whole or not at all."""
+    """Saves ``config.yaml`` beside the logs like the stock callback, but whole or not at all.
+
+    Without a logger that makes a folder for the run, that is the working folder, where a file of that name is the
+    user's: it is then left alone.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder on every rank, because asking for it is a collective call, then save on rank zero."""
@@ -56,6 +60,9 @@ class AtomicSaveConfig(SaveConfigCallback):
         if self.log_dir is None:
             return
         target = Path(self.log_dir) / self.config_filename
+        if target.exists() and target.parent.resolve() == Path(trainer.default_root_dir).resolve():
+            rank_zero_info(f"{self.config_filename} exists and is left as it is: this run's settings are not saved.")
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as file:
             file.write(self.parser.dump(self.config, skip_none=False).encode())
@@ -85,10 +92,16 @@ class LowBitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``optimizer``, ``lr_scheduler`` and ``no_decay``."""
+        """Add ``optimizer``, ``lr_scheduler``, ``scheduler_interval`` and ``no_decay``."""
         late: dict[str, Any] = {"instantiate": False, "required": False, "fail_untyped": False}
         parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"}, **late)
         parser.add_subclass_arguments(LRSchedulerTypeTuple, "lr_scheduler", skip={"optimizer"}, **late)
+        parser.add_argument(
+            "--scheduler_interval",
+            type=Literal["step", "epoch"] | None,
+            default=None,
+            help="When the scheduler goes on; null: every step if it takes total_steps, else every epoch.",
+        )
         parser.add_argument(
             "--no_decay",
             type=list[str],
@@ -141,6 +154,7 @@ class LowBitCLI(LightningCLI):
                 self.model,
                 _plain(self._get(self.config_init, "optimizer")),
                 _plain(self._get(self.config_init, "lr_scheduler")),
+                self._get(self.config_init, "scheduler_interval"),
                 self._get(self.config_init, "no_decay"),
             )
             configured = self._get(self.config_init, "trainer")
@@ -158,12 +172,31 @@ class LowBitCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find what ``--ckpt_path last`` means and start the clock."""
-        options = self.config_init[self.subcommand]
-        if options["ckpt_path"] == "last" and (path := checkpoints.last_of_earlier_runs(self.trainer)):
-            checkpoints.check_readable(path, weights_only=options["weights_only"] is not False)
-            rank_zero_info(f"Continuing from {path}")
-            options["ckpt_path"] = str(path)
+        self._find_last_checkpoint()
         self.started = time.perf_counter()
+
+    def before_validate(self) -> None:
+        """Find what ``--ckpt_path last`` means; here random weights are never what was asked for."""
+        if not self._find_last_checkpoint():
+            raise CheckpointError(
+                "--ckpt_path last: there is no last.ckpt of an earlier run where this configuration's logger writes. "
+                "Give the file, or run fit with ModelCheckpoint(save_last=True) first."
+            )
+
+    before_test = before_predict = before_validate
+
+    def _find_last_checkpoint(self) -> bool:
+        """Replace ``last`` by the newest file there is; False if there is none."""
+        options = self.config_init[self.subcommand]
+        if options["ckpt_path"] != "last" or checkpoints.has_own_folder(self.trainer):
+            return True
+        path = checkpoints.last_of_earlier_runs(self.trainer)
+        if path is None:
+            return False
+        checkpoints.check_readable(path, weights_only=options["weights_only"] is not False)
+        rank_zero_info(f"Continuing from {path}")
+        options["ckpt_path"] = str(path)
+        return True
 
     def after_fit(self) -> None:
         """Print the summary, once for all ranks."""
@@ -192,12 +225,12 @@ def quieten_lightning() -> None:
 
 
 def _without_repetition(callbacks: list[Any]) -> list[Any]:
-    """Drop a callback of ours that an earlier configuration brought already: overlays only ever append."""
+    """Drop a callback of ours that a later configuration brings again: overlays append, and the later one wins."""
     kept: list[Any] = []
-    for callback in callbacks:
+    for position, callback in enumerate(callbacks):
         ours = type(callback).__module__.startswith("lowbit_lightning.")
-        if ours and any(type(callback) is type(other) for other in kept):
-            rank_zero_info(f"{type(callback).__name__} is configured more than once: the first one is used.")
+        if ours and any(type(callback) is type(later) for later in callbacks[position + 1 :]):
+            rank_zero_info(f"{type(callback).__name__} is configured more than once: the last one is used.")
         else:
             kept.append(callback)
     return kept

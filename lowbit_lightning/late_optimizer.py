@@ -26,7 +26,11 @@ NO_DECAY = ["*bias", "*norm*", "*ln_*"]
 
 
 def bind(
-    module: LightningModule, optimizer: dict[str, Any] | None, lr_scheduler: dict[str, Any] | None, no_decay: list[str]
+    module: LightningModule,
+    optimizer: dict[str, Any] | None,
+    lr_scheduler: dict[str, Any] | None,
+    scheduler_interval: str | None,
+    no_decay: list[str],
 ) -> None:
     """Give ``module`` a ``configure_optimizers`` that builds what the configuration names; its own one stays otherwise.
 
@@ -34,6 +38,7 @@ def bind(
         module: The module to train.
         optimizer: ``class_path`` and ``init_args``, or None to leave the module's own ``configure_optimizers`` alone.
         lr_scheduler: The same for a scheduler.
+        scheduler_interval: ``step``, ``epoch``, or None to choose by the scheduler, see :func:`build`.
         no_decay: Patterns of parameter names without weight decay, see :func:`parameter_groups`.
 
     Raises:
@@ -51,7 +56,7 @@ def bind(
         if not own:
             raise InvalidArgumentError(
                 f"no optimizer: {name} has no configure_optimizers and the configuration has no `optimizer:`."
-                " Add `--config solo` for AdamW with ultra-low-bit states, or"
+                " Add `--optimizer SoloAdamW --optimizer.lr 0.001` for AdamW with low-bit states, or any other as"
                 " `optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.001}}`."
             )
         return
@@ -59,22 +64,31 @@ def bind(
         rank_zero_info(f"`optimizer: {optimizer['class_path']}` takes the place of {name}.configure_optimizers.")
 
     # A partial, not a closure: it must survive pickling (strategies that spawn) and deepcopy (averaged copies).
-    module.configure_optimizers = partial(build, module, optimizer, lr_scheduler, no_decay)  # type: ignore[method-assign, assignment]
+    module.configure_optimizers = partial(build, module, optimizer, lr_scheduler, scheduler_interval, no_decay)  # type: ignore[method-assign, assignment]
 
 
 def build(
-    module: LightningModule, optimizer: dict[str, Any], lr_scheduler: dict[str, Any] | None, no_decay: list[str]
+    module: LightningModule,
+    optimizer: dict[str, Any],
+    lr_scheduler: dict[str, Any] | None,
+    scheduler_interval: str | None,
+    no_decay: list[str],
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns: the optimizer and, if any, the scheduler, stepped after every step."""
+    """What ``configure_optimizers`` returns: the optimizer and, if any, the scheduler.
+
+    Without a ``scheduler_interval``, a scheduler that is told the length of the run in steps (``total_steps``) goes on
+    after every optimizer step, any other after every epoch, as under the stock CLI.
+    """
     groups = parameter_groups(module, no_decay, decays="weight_decay" in _parameters(optimizer))
     built: Optimizer = instantiate_class((groups,), optimizer)
     result: dict[str, Any] = {"optimizer": built}
     if lr_scheduler is not None:
         scheduler = instantiate_class((built,), _with_total_steps(lr_scheduler, module.trainer))
-        entry = {"scheduler": scheduler, "interval": "step"}
+        counts_steps = "total_steps" in _parameters(lr_scheduler)
+        entry = {"scheduler": scheduler, "interval": scheduler_interval or ("step" if counts_steps else "epoch")}
         if isinstance(scheduler, ReduceLROnPlateau):
             # A plateau of a validation metric can only be seen once per validation.
-            entry |= {"interval": "epoch", "monitor": scheduler.monitor}
+            entry |= {"interval": scheduler_interval or "epoch", "monitor": scheduler.monitor}
         result["lr_scheduler"] = entry
     return result
 

@@ -189,7 +189,7 @@ def test_no_optimizer_anywhere_names_the_remedy(late: dict[str, object], capsys:
     assert main(["fit", "-c", write(late)]) == 2
     message = capsys.readouterr().err
     assert "LateModel" in message
-    assert "--config solo" in message
+    assert "--optimizer SoloAdamW --optimizer.lr" in message
     assert "optimizer:" in message
 
 
@@ -532,3 +532,40 @@ def test_a_module_of_the_other_class_tree_on_the_command_line(
     name = "pytorch_lightning.demos.boring_classes.BoringModel"
     assert main(["fit", "-c", write(complete), "--model", name]) == 2
     assert f"{name} is built on `pytorch_lightning`" in capsys.readouterr().err
+
+
+def test_a_config_file_of_the_users_is_never_replaced(complete: dict[str, object]) -> None:
+    own = Path("config.yaml")
+    write({**complete, "trainer": {**complete["trainer"], "logger": False}}, "config.yaml")  # type: ignore[dict-item]
+    own.write_text("# mine\n" + own.read_text())
+    before = own.read_text()
+    assert main(["fit", "-c", "config.yaml"]) in (None, 0)
+    assert own.read_text() == before
+
+
+def test_last_without_an_earlier_run_is_an_error_outside_fit(
+    complete: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", "-c", write(complete), "--ckpt_path", "last"]) == 2
+    assert "--ckpt_path last: there is no last.ckpt" in capsys.readouterr().err
+
+
+def test_the_remedy_for_no_optimizer_works(late: dict[str, object]) -> None:
+    del late["optimizer"]
+    assert main(["fit", "-c", write(late), "--optimizer", "SoloAdamW", "--optimizer.lr", "0.001"]) in (None, 0)
+
+
+def test_of_a_callback_given_twice_the_later_one_counts(complete: dict[str, object]) -> None:
+    ledgers = [
+        {"class_path": "lowbit_lightning.callbacks.MemoryLedger", "init_args": {"every_n_steps": steps}}
+        for steps in (7, 9)
+    ]
+    cli = instantiate({**complete, "trainer": {**complete["trainer"], "callbacks": ledgers}})  # type: ignore[dict-item]
+    kept = [callback.every_n_steps for callback in cli.trainer.callbacks if type(callback).__name__ == "MemoryLedger"]
+    assert kept == [9]
+
+
+def test_a_scheduler_without_a_length_goes_on_after_every_epoch(late: dict[str, object]) -> None:
+    scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}
+    cli, _ = optimizer_of({**late, "lr_scheduler": scheduler})
+    assert cli.trainer.lr_scheduler_configs[0].interval == "epoch"

@@ -41,9 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidArgumentError(f"bench: {name} {str(path)!r}: the folder does not exist; create it first")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise InvalidArgumentError(
-            "bench: --plot needs matplotlib, part of the extra 'evidence': pip install 'lowbit-lightning[evidence]'"
-        )
+        raise InvalidArgumentError("bench: --plot needs matplotlib: pip install matplotlib")
     from lowbit_lightning.commands import bench_optim
 
     return bench_optim.run(
@@ -64,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "optim",
         help="optimizer steps: time, memory and traffic, against torch, torchao and bitsandbytes",
         description="Measure the steps of all optimizers against each other in one run. Peers that are not installed "
-        "are rows that say so: pip install 'lowbit-lightning[peers]'.",
+        "are rows that say so: pip install torchao bitsandbytes.",
         epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in WORKLOADS.items()),
         allow_abbrev=False,
     )

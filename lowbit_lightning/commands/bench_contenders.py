@@ -39,7 +39,7 @@ def _peer(package: str, module: str, name: str) -> _Make:
         except ModuleNotFoundError as error:
             if error.name != package:
                 raise
-            raise UnavailableError(f"{package} is not installed: pip install 'lowbit-lightning[peers]'") from error
+            raise UnavailableError(f"{package} is not installed: pip install {package}") from error
         optimizer: Optimizer = getattr(importlib.import_module(module), name)(params, _LR, weight_decay=_WEIGHT_DECAY)
         return optimizer
 

@@ -187,12 +187,26 @@ def disks() -> list[str]:
     return lines
 
 
+def compiled_step() -> str:
+    """Whether SoloAdamW's fast CPU step can be built and loaded here; builds it if need be."""
+    import warnings
+
+    from lowbit_lightning.kernels.solo_cpu import load_library
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if load_library() is not None:
+            return "yes  the compiled CPU step of SoloAdamW"
+    reason = str(caught[0].message) if caught else "LOWBIT_LIGHTNING_CPU_KERNEL=reference is set"
+    return f"NO   the compiled CPU step of SoloAdamW: {reason}"
+
+
 def verdicts(triton_result: str, compiler: str) -> list[str]:
     """What a user can expect on this machine."""
     import torch
 
     cuda = torch.cuda.is_available()
-    lines = ["yes  training on the CPU, every technique, through PyTorch operations"]
+    lines = ["yes  training on the CPU", compiled_step()]
     if cuda:
         lines.append(
             "yes  training on CUDA" if "passed" in triton_result else "NO   Triton kernels on CUDA: see the self-test"

@@ -112,9 +112,7 @@ def _read_parquet(path: str, field: str) -> Iterator[bytes]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise CorpusError(
-            f"'{path}' is a parquet file, which needs pyarrow: pip install 'lowbit-lightning[parquet]'."
-        ) from error
+        raise CorpusError(f"'{path}' is a parquet file, which needs pyarrow: pip install pyarrow.") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names

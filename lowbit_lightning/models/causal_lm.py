@@ -69,6 +69,7 @@ class CausalLM(LightningModule):
         self.val_metrics = LanguageModelMetrics()
         self.test_metrics = LanguageModelMetrics()
         self._tokens_seen = 0
+        self._last_step = 0
         self._clock = time.perf_counter()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -133,7 +134,9 @@ class CausalLM(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log tokens per second over all ranks, measured between two logged steps."""
         self._tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
-        if (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        stepped = self.trainer.global_step != self._last_step  # not within a window of accumulation
+        self._last_step = self.trainer.global_step
+        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("tokens_per_second", self._tokens_seen / (time.perf_counter() - self._clock))
             self._tokens_seen = 0
 
@@ -180,7 +183,10 @@ def _from_config(config: dict[str, Any], attn_implementation: str) -> Any:
 
 def _from_pretrained(pretrained: str, attn_implementation: str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(pretrained, attn_implementation=attn_implementation)
+        # fp32 whatever the files hold: the Trainer's precision decides what training runs in.
+        return AutoModelForCausalLM.from_pretrained(
+            pretrained, attn_implementation=attn_implementation, dtype=torch.float32
+        )
     except (OSError, ValueError, ImportError) as error:
         raise InvalidArgumentError(
             f"pretrained={pretrained!r} cannot be loaded: {error}. Give a folder written by save_pretrained, "

@@ -44,6 +44,16 @@ class LowBitOptimizer(Optimizer):
     #: Group settings that decide which tensors the state consists of.
     layout_keys: tuple[str, ...] = ()
 
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group. One without names gets some where the others have them, as fine-tuning callbacks need."""
+        if self.param_groups and "param_names" in self.param_groups[0]:
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            number = len(self.param_groups)
+            named = [p if isinstance(p, tuple) else (f"group{number}.{i}", p) for i, p in enumerate(params)]
+            param_group["params"] = named
+        super().add_param_group(param_group)
+
     def new_state(self, group: ParamGroup, name: str, param: Tensor, device: torch.device) -> State:
         """Return the state of ``param`` before its first step, allocated on ``device``."""
         raise NotImplementedError

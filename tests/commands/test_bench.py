@@ -47,7 +47,7 @@ def test_table_has_a_row_for_every_optimizer(small: None, capsys: pytest.Capture
 def test_missing_peer_is_a_row_that_says_how_to_get_it(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "optim", "--workload", "10m", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count("is not installed: pip install 'lowbit-lightning[peers]'") == len(PEERS)
+    assert out.count("is not installed: pip install ") == len(PEERS)
 
 
 def test_failing_contender_is_a_row_with_the_reason(
@@ -95,7 +95,7 @@ def test_plot_without_matplotlib_is_refused_before_measuring(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench", "optim", "--plot", "out.png"]) == 2
-    assert "lowbit-lightning[evidence]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def configuration(
     }
     config["trainer"]["callbacks"] = [*trainer.get("callbacks", []), *technique.callbacks]
     if technique.optimizer is not None:
-        config |= {"optimizer": technique.optimizer, "lr_scheduler": SCHEDULE}
+        config |= {"optimizer": technique.optimizer, "lr_scheduler": SCHEDULE, "scheduler_interval": "step"}
     return deepcopy(config)
 
 

@@ -85,6 +85,24 @@ def test_fit_logs_loss_and_throughput(trainer: Trainer, model: TrainableLM) -> N
     assert model.model.training
 
 
+def test_throughput_counts_every_batch_of_an_accumulation_window(tmp_path: Any, model: TrainableLM) -> None:
+    counted: list[int] = []
+
+    class Counting(TrainableLM):
+        def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if name == "tokens_per_second":
+                counted.append(self._tokens_seen)
+            super().log(name, value, *args, **kwargs)
+
+    torch.manual_seed(0)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, log_every_n_steps=1, accumulate_grad_batches=2,
+    )  # fmt: skip
+    trainer.fit(Counting(config=TINY), Tokens())
+    assert counted == [2 * 4 * 12]
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     grads = []
     for gradient_checkpointing in (False, True):
@@ -105,11 +123,13 @@ def test_predict_continues_the_prompt_and_decodes(trainer: Trainer, model: Train
     assert text in capsys.readouterr().out
 
 
-def test_pretrained_weights_come_back(tmp_path: Any, model: TrainableLM) -> None:
-    model.model.save_pretrained(tmp_path)
+def test_pretrained_weights_come_back_in_fp32_whatever_they_are_saved_in(tmp_path: Any, model: TrainableLM) -> None:
+    model.model.bfloat16().save_pretrained(tmp_path)
+    model.model.float()
     loaded = CausalLM(pretrained=str(tmp_path))
-    tokens = torch.arange(1, 9).view(1, 8)
-    assert torch.equal(loaded(tokens), model(tokens))
+    for expected, parameter in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, expected)
 
 
 def test_a_checkpoint_rebuilds_the_module(tmp_path: Any, trainer: Trainer, model: TrainableLM) -> None:

@@ -342,6 +342,18 @@ def test_bad_arguments_are_named_with_value_and_range(argument: str, value: Any)
         make(**{argument: value})
 
 
+def test_a_group_added_later_without_names_is_taken() -> None:
+    """What Lightning's fine-tuning callbacks do when they unfreeze a part."""
+    param, optimizer = make()
+    added = nn.Parameter(torch.ones(4, 128))
+    optimizer.add_param_group({"params": added, "lr": 0.1})
+    run(param, optimizer, range(1))
+    added.grad = torch.ones_like(added)
+    optimizer.step()
+    assert (added < 1).all()
+    assert optimizer.param_groups[1]["param_names"] == ["group1.0"]
+
+
 def test_overrides_without_names_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="named_parameters"):
         SoloAdamW([nn.Parameter(torch.zeros(2, 2))], overrides={"*embed*": {"bits": [8, 8]}})
