@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .stochastic_rounding import round_scale
+
 
 @lru_cache
 def dynamic_map(bits: int) -> tuple[float, ...]:
@@ -43,19 +45,20 @@ def dynamic_resolution(bits: int) -> float:
     return gaps[len(gaps) // 2] / 2
 
 
-def encode_dynamic(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def encode_dynamic(values: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Quantize blocks to the nearest map entry.
 
     Args:
         values: (blocks, L) fp32, finite.
         bits: 2 to 8.
+        scale_dtype: of the scale, fp32 or bf16; codes are relative to the rounded one.
 
     Returns:
-        codes (blocks, L) uint8 and scale (blocks,) fp32, the block's largest magnitude. A zero block has scale 0.
+        codes (blocks, L) uint8 and scale (blocks,), the block's largest magnitude. A zero block has scale 0.
     """
-    scale = values.abs().amax(dim=-1)
+    scale = round_scale(values.abs().amax(dim=-1), scale_dtype)
     # A zero block multiplies by a finite number, so its elements stay 0 and take the code of the map's 0.
-    normalized = values * (1.0 / scale.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)
+    normalized = values * (1.0 / scale.float().clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)
     midpoints = torch.tensor(dynamic_midpoints(bits), dtype=torch.float32, device=values.device)
     codes = torch.bucketize(normalized, midpoints, right=True, out_int32=True)
     return codes.to(torch.uint8), scale

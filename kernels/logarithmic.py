@@ -9,6 +9,11 @@ Two faults of the published code are avoided. A block with many exact zeros has 
 decodes every element to D: here such a block takes the quantile of its positive elements, or D/64 if that is less (a
 mere floor at 2⁻²⁴ would leave two levels to all that matter and inflate the mean fourfold), and zeros take the last
 level. An all-zero block stays exactly zero, and a constant block does not divide by log 1.
+
+D and log2 α may be stored in bf16. To the nearest, both would stay where they are while the average moves by less than
+half a unit (0.2 to 0.4 %), and with them the first and the last level. So they are rounded stochastically, and codes
+stay relative to the exact ones: codes relative to rounded ones would be cut off at either end, by more than an average
+with β = 0.999 moves. Rounding then scales the levels of a whole block by factors that are 1 on average.
 """
 
 import math

@@ -27,12 +27,12 @@ struct Tensor {
     const void* grad;
     float* step;
     uint8_t* first_codes;  // or the fp32 moment where first_bits is 32
-    float* first_scale;
+    void* first_scale;
     uint8_t* second_codes;
-    float* second_scale;
-    float* second_log2_base;
+    void* second_scale;
+    void* second_log2_base;
     int64_t rows, columns;
-    int64_t param_type, grad_type;
+    int64_t param_type, grad_type, scale_type;
     int64_t state_stream, weight_stream, first_row;
     int64_t hyper;  // row of the table of hyperparameters
 };
@@ -122,9 +122,8 @@ struct Scratch {
 };
 
 struct Block {
-    int64_t row, index, length, offset;  // offset: of its first element in the matrix
+    int64_t number, row, index, length, offset;  // offset: of its first element in the matrix
     uint8_t *first_codes, *second_codes;
-    float *first_scale, *second_scale, *second_log2_base;
     float *exp_avg, *exp_avg_sq;  // fp32 moments: in the scratch, or in the state itself where it has 32 bits
     float first_most, second_most, second_least, quantile;
 };
@@ -140,6 +139,7 @@ void with_bits(int64_t bits, Visitor&& visit) {
 Block locate(const Plan& plan, int64_t number, Scratch& scratch, int64_t slot) {
     const Tensor& t = plan.tensor;
     Block block;
+    block.number = number;
     block.row = number / plan.blocks_per_row;
     block.index = number % plan.blocks_per_row;
     const int64_t column = block.index * plan.block_size;
@@ -151,14 +151,11 @@ Block locate(const Plan& plan, int64_t number, Scratch& scratch, int64_t slot) {
         block.exp_avg = reinterpret_cast<float*>(t.first_codes) + block.offset;
     } else {
         block.first_codes = t.first_codes + block.row * plan.first_row_bytes + column / 8 * plan.first_bits;
-        block.first_scale = t.first_scale + number;
     }
     if (plan.second_bits == 32) {
         block.exp_avg_sq = reinterpret_cast<float*>(t.second_codes) + block.offset;
     } else {
         block.second_codes = t.second_codes + block.row * plan.second_row_bytes + column / 8 * plan.second_bits;
-        block.second_scale = t.second_scale + number;
-        block.second_log2_base = t.second_log2_base + number;
     }
     return block;
 }
@@ -171,16 +168,33 @@ void draw(const Plan& plan, const Block& block, Length length, int64_t stream, i
     draw_16bit(plan.seed, static_cast<uint32_t>(stream), plan.step, first, padded_to_eight(length) / 8, draws);
 }
 
+INLINE float scale_at(const Plan& plan, const Block& block, const void* scales) {
+    if (plan.tensor.scale_type == FP32) return static_cast<const float*>(scales)[block.number];
+    return from_bf16(static_cast<const uint16_t*>(scales)[block.number]);
+}
+
+// Returns what is stored. draws: the exclusive or of two lanes' first rounds to bf16, none rounds to the nearest.
+INLINE float set_scale(const Plan& plan, const Block& block, void* scales, float scale, const int32_t* draws,
+                       int64_t lane) {
+    if (plan.tensor.scale_type == FP32) return static_cast<float*>(scales)[block.number] = scale;
+    const int32_t draw = draws ? draws[0] ^ draws[lane] : 0;
+    uint16_t* stored = static_cast<uint16_t*>(scales) + block.number;
+    write_bf16(std::min(scale, LARGEST_BF16), draws ? &draw : nullptr, stored);
+    return from_bf16(*stored);
+}
+
 // Phase 1: the moments in fp32.
 template <class Length>
 void decode(const Plan& plan, const Block& block, Length length, uint8_t* codes) {
+    const Tensor& t = plan.tensor;
     with_bits(plan.first_bits, [&](auto bits) {
         unpack<bits>(block.first_codes, codes, padded_to_eight(length));
-        decode_dynamic<bits>(codes, *block.first_scale, block.exp_avg, length);
+        decode_dynamic<bits>(codes, scale_at(plan, block, t.first_scale), block.exp_avg, length);
     });
     with_bits(plan.second_bits, [&](auto bits) {
         unpack<bits>(block.second_codes, codes, padded_to_eight(length));
-        decode_logarithmic<bits>(codes, *block.second_scale, *block.second_log2_base, block.exp_avg_sq, length);
+        decode_logarithmic<bits>(codes, scale_at(plan, block, t.second_scale),
+                                 scale_at(plan, block, t.second_log2_base), block.exp_avg_sq, length);
     });
 }
 
@@ -234,14 +248,14 @@ void update_weights(const Plan& plan, Block& block, Length length, Scratch& scra
 
 // Phase 4: the first moment back to codes.
 template <int BITS, class Length>
-void encode_first(const Block& block, Length length, Scratch& scratch) {
+void encode_first(const Plan& plan, const Block& block, Length length, Scratch& scratch) {
     uint8_t* codes = scratch.codes.get();
+    const float scale = set_scale(plan, block, plan.tensor.first_scale, block.first_most, nullptr, 0);
     // A zero block multiplies by a finite number, so its elements stay 0 and take the code of the map's 0.
-    const float inverse = 1.0f / std::max(block.first_most, SMALLEST_NORMAL);
+    const float inverse = 1.0f / std::max(scale, SMALLEST_NORMAL);
     encode_dynamic<BITS>(block.exp_avg, inverse, codes, length);
     std::fill(codes + length, codes + padded_to_eight(length), uint8_t{0});
     pack<BITS>(codes, block.first_codes, padded_to_eight(length));
-    *block.first_scale = block.first_most;
 }
 
 // Phase 5: the quantile of the second moment, which sets the last level.
@@ -267,8 +281,10 @@ void encode_second(const Plan& plan, const Block& block, Length length, Scratch&
                              plan.state_noise ? scratch.draws.get() : nullptr, codes, length);
     std::fill(codes + length, codes + padded_to_eight(length), uint8_t{0});
     pack<BITS>(codes, block.second_codes, padded_to_eight(length));
-    *block.second_scale = block.second_most;
-    *block.second_log2_base = -span / last;
+    const int32_t* draws = plan.state_noise ? scratch.draws.get() : nullptr;
+    const int64_t lane = padded_to_eight(length) / 8;
+    set_scale(plan, block, plan.tensor.second_scale, block.second_most, draws, lane);
+    set_scale(plan, block, plan.tensor.second_log2_base, -span / last, draws ? draws + 2 * lane : nullptr, lane);
 }
 
 void step_blocks(const Plan& plan, int64_t first, int64_t stop, Scratch& scratch) {
@@ -288,7 +304,7 @@ void step_blocks(const Plan& plan, int64_t first, int64_t stop, Scratch& scratch
         for_each([&](Block& block, auto length) { decode(plan, block, length, scratch.codes.get()); });
         for_each([&](Block& block, auto length) { update_weights(plan, block, length, scratch); });
         with_bits(plan.first_bits, [&](auto bits) {
-            for_each([&](Block& block, auto length) { encode_first<bits>(block, length, scratch); });
+            for_each([&](Block& block, auto length) { encode_first<bits>(plan, block, length, scratch); });
         });
         with_bits(plan.second_bits, [&](auto bits) {
             for_each([&](Block& block, auto length) { find_quantile(plan, block, length); });

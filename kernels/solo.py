@@ -8,11 +8,13 @@ damped by the averages. The first moment uses :mod:`.dynamic`, the second :mod:`
 State of a (rows, columns) parameter, by key; ``blocks = ceil(columns / block_size)``:
 
     exp_avg_codes         (rows, packed bytes of a row)  uint8    packed block by block, see :mod:`.packing`
-    exp_avg_scale         (rows, blocks)                 fp32     largest magnitude
+    exp_avg_scale         (rows, blocks)                 scale    largest magnitude
     exp_avg_sq_codes      (rows, packed bytes of a row)  uint8
-    exp_avg_sq_scale      (rows, blocks)                 fp32     D
-    exp_avg_sq_log2_base  (rows, blocks)                 fp32     log₂α
+    exp_avg_sq_scale      (rows, blocks)                 scale    D
+    exp_avg_sq_log2_base  (rows, blocks)                 scale    log₂α
     exp_avg, exp_avg_sq   (rows, columns)                fp32     instead of the above where a moment has 32 bits
+
+``scale`` is fp32, or bf16 in all of them; the tensors themselves say which.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from .logarithmic import decode_logarithmic, encode_logarithmic
 from .packing import pack, packed_length, unpack
 from .philox import DRAWS_PER_CALL, block_calls, draw_16bit
 from .solo_cpu import load_library, step_compiled, takes
-from .stochastic_rounding import round_to_bf16
+from .stochastic_rounding import round_scale, round_to_bf16
 
 # Elements that the reference treats at a time: bounds its transient memory, and intermediates stay in a CPU's cache.
 _CHUNK = 65536
@@ -76,6 +78,12 @@ class SoloTensor:
     weight_stream: int = 0
     first_row: int = 0
     skips: Tensor | None = None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of the blocks' metadata, fp32 where there is none."""
+        scale = self.state.get("exp_avg_scale", self.state.get("exp_avg_sq_scale"))
+        return torch.float32 if scale is None else scale.dtype
 
 
 def row_bytes(columns: int, block_size: int, bits: int) -> int:
@@ -158,7 +166,7 @@ def _encode_first(state: Mapping[str, Tensor], segment: _Segment, values: Tensor
     if bits == 32:
         _write(state["exp_avg"][segment.rows, segment.columns], values)
         return
-    codes, scale = encode_dynamic(values, bits)
+    codes, scale = encode_dynamic(values, bits, state["exp_avg_scale"].dtype)
     _write(segment.codes(state["exp_avg_codes"], bits), pack(codes, bits))
     _write(state["exp_avg_scale"][segment.rows, segment.blocks], scale)
 
@@ -169,19 +177,28 @@ def _encode_second(
     values: Tensor,
     bits: int,
     quantile: float,
-    rounding: Tensor | float = 0.5,
+    draws: Tensor | None = None,
 ) -> None:
+    """Encode with stochastic rounding by ``draws`` from :func:`_draws`, or without them to the nearest."""
     if bits == 32:
         _write(state["exp_avg_sq"][segment.rows, segment.columns], values)
         return
+    rounding: Tensor | float = 0.5
+    scale_draws: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if draws is not None:
+        rounding = (draws[:, : segment.length].float() + 0.5) * 2.0**-16
+        # The exclusive or of two draws is independent of either one, so no element's rounding meets its own draw.
+        lanes = draws[:, :: draws.shape[1] // DRAWS_PER_CALL]
+        scale_draws = lanes[:, 0] ^ lanes[:, 1], lanes[:, 2] ^ lanes[:, 3]
     codes, scale, log2_base = encode_logarithmic(values, bits, quantile, rounding)
     _write(segment.codes(state["exp_avg_sq_codes"], bits), pack(codes, bits))
-    _write(state["exp_avg_sq_scale"][segment.rows, segment.blocks], scale)
-    _write(state["exp_avg_sq_log2_base"][segment.rows, segment.blocks], log2_base)
+    for key, value, draw in zip(("scale", "log2_base"), (scale, log2_base), scale_draws, strict=True):
+        stored = state[f"exp_avg_sq_{key}"]
+        _write(stored[segment.rows, segment.blocks], round_scale(value, stored.dtype, draw))
 
 
 def _draws(segment: _Segment, tensor: SoloTensor, stream: int, step: int) -> Tensor:
-    """Return (blocks, length) int32 draws. Calls are numbered through each global row, then row by row."""
+    """Return int32 draws (blocks, length padded to whole calls), numbered through each global row, then row by row."""
     device = tensor.param.device
     calls_per_block = -(-segment.length // DRAWS_PER_CALL)
     blocks = segment.blocks.stop - segment.blocks.start
@@ -189,8 +206,7 @@ def _draws(segment: _Segment, tensor: SoloTensor, stream: int, step: int) -> Ten
     first = segment.columns.start // DRAWS_PER_CALL
     row = torch.arange(segment.rows.start, segment.rows.stop, device=device) + tensor.first_row
     calls = (row * calls_per_row + first).view(-1, 1, 1) + block_calls(0, blocks, calls_per_block, device)
-    draws = draw_16bit(tensor.hyper.seed, stream, step, calls.view(-1, calls_per_block))
-    return draws[:, : segment.length]
+    return draw_16bit(tensor.hyper.seed, stream, step, calls.view(-1, calls_per_block))
 
 
 def solo_step_reference(tensor: SoloTensor) -> bool:
@@ -225,14 +241,14 @@ def solo_step_reference(tensor: SoloTensor) -> bool:
         )
 
         if param.dtype == torch.bfloat16 and hyper.bf16_stochastic_rounding:
-            updated = round_to_bf16(updated, _draws(segment, tensor, tensor.weight_stream, step))
+            draws = _draws(segment, tensor, tensor.weight_stream, step)
+            updated = round_to_bf16(updated, draws[:, : segment.length])
         _write(param[segment.rows, segment.columns], updated)
 
-        rounding: Tensor | float = 0.5
-        if hyper.stochastic_rounding and second_bits != 32:
-            rounding = (_draws(segment, tensor, tensor.state_stream, step).float() + 0.5) * 2.0**-16
+        state_noise = hyper.stochastic_rounding and second_bits != 32
+        state_draws = _draws(segment, tensor, tensor.state_stream, step) if state_noise else None
         _encode_first(state, segment, exp_avg, first_bits)
-        _encode_second(state, segment, exp_avg_sq, second_bits, hyper.quantile, rounding)
+        _encode_second(state, segment, exp_avg_sq, second_bits, hyper.quantile, state_draws)
     if param.data_ptr() != tensor.param.data_ptr():  # a memory format without a matrix view, such as channels_last
         tensor.param.copy_(param.view(tensor.param.shape))
     return False

@@ -93,7 +93,7 @@ def step_compiled(library: ctypes.CDLL, tensors: Sequence["SoloTensor"]) -> list
         if id(hyper) not in hypers:
             hypers[id(hyper)] = len(hypers)
             hyper_table.extend(_hyper_row(hyper))
-        types = _TYPES[param.dtype], _TYPES[grad.dtype]
+        types = _TYPES[param.dtype], _TYPES[grad.dtype], _TYPES[tensor.scale_dtype]
         noise = tensor.state_stream, tensor.weight_stream, tensor.first_row
         pointers = param.data_ptr(), grad.data_ptr(), *_state_pointers(tensor)
         table.extend((*pointers, tensor.rows, tensor.columns, *types, *noise, hypers[id(hyper)]))
@@ -242,6 +242,7 @@ def _constants_header() -> str:
         "LOG2_FLOOR": logarithmic.LOG2_FLOOR,
         "LARGEST_ZERO": logarithmic.LARGEST_ZERO,
         "SMALLEST_SPAN": logarithmic.SMALLEST_SPAN,
+        "LARGEST_BF16": torch.finfo(torch.bfloat16).max,
     }
     lines = [f"constexpr float {name}[] = {{{_floats(values)}}};" for name, values in arrays.items()]
     lines += [f"constexpr float {name} = {_floats([value])};" for name, value in scalars.items()]

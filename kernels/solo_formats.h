@@ -365,6 +365,14 @@ INLINE void encode_logarithmic(const float* values, float log2_scale, float inve
 
 // ---- stochastic_rounding.py -------------------------------------------------------------------------------------
 
+// draw: none rounds to the nearest, ties to even. For finite values.
+INLINE void write_bf16(float value, const int32_t* draw, uint16_t* out) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    *out = static_cast<uint16_t>((bits + (draw ? static_cast<uint32_t>(*draw) : 0x7FFFu + ((bits >> 16) & 1))) >> 16);
+}
+
+INLINE float from_bf16(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
 // draws: none rounds to the nearest, ties to even.
 INLINE void write_bf16(const float* values, const int32_t* draws, uint16_t* out, int64_t length) {
     if (draws) {
@@ -386,7 +394,7 @@ INLINE void write_bf16(const float* values, const int32_t* draws, uint16_t* out,
 
 INLINE void read_bf16(const uint16_t* in, float* out, int64_t length) {
     VECTORIZE
-    for (int64_t i = 0; i < length; ++i) out[i] = bit_cast<float>(static_cast<uint32_t>(in[i]) << 16);
+    for (int64_t i = 0; i < length; ++i) out[i] = from_bf16(in[i]);
 }
 
 }  // namespace

@@ -103,6 +103,7 @@ class _Variant(NamedTuple):
     MAXIMIZE: bool
     EVEN: bool
     ALIGN: int
+    SCALE_BF16: bool
 
     def tile(self) -> tuple[int, int]:
         """Return blocks and calls per block (a power of two) of a tile."""
@@ -208,7 +209,7 @@ def _variant(tensor: "SoloTensor", param: Tensor, grad: Tensor) -> _Variant:
         *hyper.bits, hyper.block_size, param.dtype == torch.bfloat16, grad.dtype == torch.bfloat16,
         hyper.stochastic_rounding and hyper.bits[1] != 32,
         hyper.bf16_stochastic_rounding and param.dtype == torch.bfloat16,
-        hyper.maximize, even, 4 if aligned else 1,
+        hyper.maximize, even, 4 if aligned else 1, tensor.scale_dtype == torch.bfloat16,
     )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ _MIDPOINTS_4 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoi
 CELL_SHIFT = 17
 _CELL_SHIFT = tl.constexpr(CELL_SHIFT)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+_LARGEST_BF16_BITS = _fp32_bits(torch.finfo(torch.bfloat16).max)
 _NO_VALUE = tl.constexpr(0x7FFFFFFF)
 CHECK_ELEMENTS = 16384  # of a gradient, by one program
 _CHECK_ELEMENTS = tl.constexpr(CHECK_ELEMENTS)
@@ -384,6 +385,15 @@ def _round_to_bf16(value, draw, NOISE: tl.constexpr):
 
 
 @triton.jit
+def _scale_draws(words, i):
+    """Return (blocks,) uint32 draws for the two scales of each block, from its first call's words in (blocks, c)."""
+    first, second = words[0] ^ (words[0] >> 16), words[1] ^ (words[1] >> 16)
+    both = ((first & 0xFFFF) | (second << 16)).to(tl.int32, bitcast=True)
+    both = tl.sum(tl.where(i == 0, both, 0), axis=1).to(tl.uint32, bitcast=True)  # one reduction for both
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
 def _draw(words, LANE: tl.constexpr):
     """Return uint32 draws in [0, 65536)."""
     if LANE % 2 == 0:
@@ -411,7 +421,8 @@ def solo_step(
     FIRST_BITS: tl.constexpr, SECOND_BITS: tl.constexpr, BLOCK: tl.constexpr,
     PARAM_BF16: tl.constexpr, GRAD_BF16: tl.constexpr,
     STATE_NOISE: tl.constexpr, WEIGHT_NOISE: tl.constexpr, MAXIMIZE: tl.constexpr,
-    EVEN: tl.constexpr, ALIGN: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_CALLS: tl.constexpr,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, SCALE_BF16: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, TILE_CALLS: tl.constexpr,
 ):  # fmt: skip
     """Step ``tiles_per_program`` tiles of TILE_BLOCKS blocks of one tensor.
 
@@ -493,11 +504,11 @@ def solo_step(
                 exp_avg_sqs = exp_avg_sqs + (_load_bits(second_codes, offsets, insides[lane], False, ALIGN),)
         if FIRST_BITS != 32:
             first_words = _load_words(first_codes, first_bytes, calls, i, holds, FIRST_BITS, ALIGN)
-            scale1 = tl.load(first_scale.to(tl.pointer_type(tl.float32)) + block, mask=exists, other=0.0)[:, None]
+            scale1 = _load_bits(first_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
         if SECOND_BITS != 32:
             second_words = _load_words(second_codes, second_bytes, calls, i, holds, SECOND_BITS, ALIGN)
-            scale2 = tl.load(second_scale.to(tl.pointer_type(tl.float32)) + block, mask=exists, other=0.0)[:, None]
-            log2_base = tl.load(second_log2_base.to(tl.pointer_type(tl.float32)) + block, mask=exists, other=0.0)
+            scale2 = _load_bits(second_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
+            log2_base = _load_bits(second_log2_base, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)
             factors = (_exp2(log2_base)[:, None],)
             for bit in tl.static_range(1, SECOND_BITS):
                 factors = factors + (factors[bit - 1] * factors[bit - 1],)
@@ -557,7 +568,13 @@ def solo_step(
             for lane in tl.static_range(1, 8):
                 most = tl.maximum(most, first_moments[lane].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
             most = tl.max(most, axis=1)
-            tl.store(first_scale.to(tl.pointer_type(tl.int32)) + block, most, mask=exists)
+            if SCALE_BF16:
+                scale = tl.minimum(most, _LARGEST_BF16_BITS).to(tl.float32, bitcast=True)
+                scale_bits = _round_to_bf16(scale, 0, False)
+                tl.store(first_scale.to(tl.pointer_type(tl.int16)) + block, scale_bits, mask=exists)
+                most = scale_bits.to(tl.int32) << 16
+            else:
+                tl.store(first_scale.to(tl.pointer_type(tl.int32)) + block, most, mask=exists)
             # A zero block multiplies by a finite number, so its elements stay 0 and take the code of the map's 0.
             clamped = tl.maximum(most, _SMALLEST_NORMAL_BITS).to(tl.float32, bitcast=True)
             inverse = tl.div_rn(clamped * 0.0 + 1.0, clamped)[:, None]
@@ -597,13 +614,26 @@ def solo_step(
             log2_scale = _log2(most.to(tl.float32, bitcast=True))
             span = tl.minimum(log2_scale - _log2(last_level), _LARGEST_SPAN)
             per_step = tl.div_rn(span, span * 0.0 + LAST)
-            tl.store(second_scale.to(tl.pointer_type(tl.int32)) + block, most, mask=exists)
             # Not a minus sign, which some versions of Triton subtract from zero: the span of a constant block is -0.
-            tl.store(second_log2_base.to(tl.pointer_type(tl.float32)) + block, per_step * -1.0, mask=exists)
+            new_log2_base = per_step * -1.0
+            if not SCALE_BF16:
+                tl.store(second_scale.to(tl.pointer_type(tl.int32)) + block, most, mask=exists)
+                tl.store(second_log2_base.to(tl.pointer_type(tl.float32)) + block, new_log2_base, mask=exists)
             divisor = tl.maximum(per_step, _SMALLEST_SPAN)
             inverse = tl.div_rn(divisor * 0.0 + 1.0, divisor)[:, None]
             if STATE_NOISE:
                 state_words = _philox(seed, state_stream, step, call + (second_words[0] >> 24))
+            if SCALE_BF16:
+                scale = tl.minimum(most, _LARGEST_BF16_BITS).to(tl.float32, bitcast=True)
+                if STATE_NOISE:
+                    scale_draw, base_draw = _scale_draws(state_words, i)
+                    scale_bits = _round_to_bf16(scale, scale_draw, True)
+                    base_bits = _round_to_bf16(new_log2_base, base_draw, True)
+                else:
+                    scale_bits = _round_to_bf16(scale, 0, False)
+                    base_bits = _round_to_bf16(new_log2_base, 0, False)
+                tl.store(second_scale.to(tl.pointer_type(tl.int16)) + block, scale_bits, mask=exists)
+                tl.store(second_log2_base.to(tl.pointer_type(tl.int16)) + block, base_bits, mask=exists)
             codes = ()
             for lane in tl.static_range(8):
                 level = (log2_scale[:, None] - _log2(second_moments[lane])) * inverse

@@ -9,7 +9,7 @@ rounded stochastically, and β₁ is adjusted to the bits by default.
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from lowbit_lightning.kernels.solo import (
 from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State
 
 _BITS = (2, 3, 4, 8, 32)
+_SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Narrower rows would pay more for block scales than for codes (LoRA's B, depthwise convolutions).
 _MIN_COLUMNS = 64
 _OVERRIDABLE = ("bits", "block_size", "quantile", "reference_bits", "min_numel")
@@ -68,6 +69,9 @@ class SoloAdamW(LowBitOptimizer):
         min_numel: tensors with fewer elements keep fp32 states, as do vectors and rows narrower than 64.
         overrides: settings by parameter-name pattern, for example ``{"*embed*": {"bits": [8, 8]}}``; the first
             pattern that matches wins.
+        scale_dtype: ``"bf16"`` keeps the scales of blocks in bf16, which saves 0.047 bytes a parameter at
+            ``block_size`` 128: 0.80 at 4/2 bits, 0.55 at 2/2. The second moment's are rounded stochastically too, and
+            without ``stochastic_rounding`` move in steps of 0.4 to 0.8 % only.
         seed: of the rounding noise.
         maximize: ascend instead of descend.
 
@@ -76,7 +80,7 @@ class SoloAdamW(LowBitOptimizer):
     """
 
     _plans: list["_GroupPlan"]
-    layout_keys = ("bits", "block_size", "min_numel", "overrides")
+    layout_keys = ("bits", "block_size", "min_numel", "overrides", "scale_dtype")
 
     def __init__(
         self,
@@ -94,6 +98,7 @@ class SoloAdamW(LowBitOptimizer):
         bf16_stochastic_rounding: bool = True,
         min_numel: int = 4096,
         overrides: dict[str, dict[str, Any]] | None = None,
+        scale_dtype: Literal["fp32", "bf16"] = "fp32",
         seed: int = 0,
         maximize: bool = False,
     ) -> None:
@@ -110,6 +115,7 @@ class SoloAdamW(LowBitOptimizer):
             "bf16_stochastic_rounding": bf16_stochastic_rounding,
             "min_numel": min_numel,
             "overrides": _normalized_overrides(overrides),
+            "scale_dtype": scale_dtype,
             "seed": seed,
             "maximize": maximize,
             "nonfinite_skips": 0,
@@ -147,7 +153,7 @@ class SoloAdamW(LowBitOptimizer):
         """Return zero moments, see :mod:`lowbit_lightning.kernels.solo` for the tensors."""
         settings = self.settings(group, name, param)
         (rows, columns), block_size = _matrix_shape(param), settings["block_size"]
-        blocks = -(-columns // block_size)
+        blocks, scale_dtype = -(-columns // block_size), _SCALE_DTYPES[settings["scale_dtype"]]
         # On CUDA it is the kernel that counts, so that the host need not wait to know which steps are skipped.
         counter_device = device if device.type == "cuda" else torch.device("cpu")
         state = {"step": torch.zeros((), dtype=torch.float32, device=counter_device)}
@@ -157,9 +163,9 @@ class SoloAdamW(LowBitOptimizer):
                 continue
             packed = row_bytes(columns, block_size, bits)
             state[f"{key}_codes"] = torch.zeros(rows, packed, dtype=torch.uint8, device=device)
-            state[f"{key}_scale"] = torch.zeros(rows, blocks, dtype=torch.float32, device=device)
+            state[f"{key}_scale"] = torch.zeros(rows, blocks, dtype=scale_dtype, device=device)
         if "exp_avg_sq_codes" in state:
-            state["exp_avg_sq_log2_base"] = torch.zeros(rows, blocks, dtype=torch.float32, device=device)
+            state["exp_avg_sq_log2_base"] = torch.zeros(rows, blocks, dtype=scale_dtype, device=device)
         return state
 
     def convert_state(self, group: ParamGroup, name: str, param: Tensor, saved: State) -> State | None:
@@ -367,4 +373,5 @@ def _check_settings(settings: ParamGroup, where: str = "") -> None:
     )
     require("quantile", 0 <= settings["quantile"] < 1, "a number in [0, 1)")
     require("reference_bits", settings["reference_bits"] in (None, *range(2, 9)), "2 to 8, or None for no adjustment")
+    require("scale_dtype", settings["scale_dtype"] in _SCALE_DTYPES, f"one of {', '.join(_SCALE_DTYPES)}")
     require("min_numel", settings["min_numel"] >= 0, "an integer >= 0")

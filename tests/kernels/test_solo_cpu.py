@@ -35,7 +35,13 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make(rows: int, columns: int, dtype: torch.dtype = torch.float32, **settings: Any) -> SoloTensor:
+def make(
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> SoloTensor:
     defaults: dict[str, Any] = {
         "lr": 1e-2, "beta1": 0.8, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1,
         "bits": (4, 2), "block_size": 128, "quantile": 0.1, "seed": 3,
@@ -48,9 +54,9 @@ def make(rows: int, columns: int, dtype: torch.dtype = torch.float32, **settings
             state[key] = torch.zeros(rows, columns)
             continue
         state[f"{key}_codes"] = torch.zeros(rows, row_bytes(columns, hyper.block_size, bits), dtype=torch.uint8)
-        state[f"{key}_scale"] = torch.zeros(rows, blocks)
+        state[f"{key}_scale"] = torch.zeros(rows, blocks, dtype=scale_dtype)
     if hyper.bits[1] != 32:
-        state["exp_avg_sq_log2_base"] = torch.zeros(rows, blocks)
+        state["exp_avg_sq_log2_base"] = torch.zeros(rows, blocks, dtype=scale_dtype)
     param = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     return SoloTensor(param, torch.empty(0), state, hyper, rows, columns, state_stream=5, weight_stream=2**32 - 7)
 
@@ -113,6 +119,26 @@ def test_equals_the_reference_at_all_widths(columns: int, block_size: int, bits:
 def test_equals_the_reference_with_every_setting(settings: dict[str, Any]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_same_steps(make(4, 200, dtype, **settings), normal_grads(4, 200))
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("bits", [(4, 2), (3, 3), (8, 8), (2, 4), (32, 2), (4, 32)])
+def test_equals_the_reference_with_bf16_scales(bits: tuple[int, int], stochastic: bool) -> None:
+    for columns, block_size in ((5, 8), (128, 128), (133, 64), (200, 256)):
+        for dtype in (torch.float32, torch.bfloat16):
+            settings = {"bits": bits, "block_size": block_size, "stochastic_rounding": stochastic}
+            tensor = make(7, columns, dtype, torch.bfloat16, **settings)
+            assert_same_steps(tensor, normal_grads(7, columns))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e-22, 1e-19, 1e-12, 1.0, LARGEST_SQUARABLE / 8])
+def test_equals_the_reference_with_bf16_scales_at_all_magnitudes(scale: float) -> None:
+    for betas in ({}, {"beta1": 0.0, "beta2": 0.0}):
+        tensor = make(8, 256, scale_dtype=torch.bfloat16, **betas)
+        sparse = torch.rand(8, 256, generator=torch.Generator().manual_seed(2)) > 0.31
+        grads = [grad.clamp(-8, 8) * sparse for grad in normal_grads(8, 256, scale=1.0)]
+        assert_same_steps(tensor, [grad * scale for grad in grads] + [torch.full((8, 256), scale)])
+        assert all(value.isfinite().all() for value in tensor.state.values())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1.0, 1e15])
@@ -220,14 +246,15 @@ def test_only_the_tensor_with_a_bad_gradient_is_skipped(rows: int, value: float)
     assert not torch.equal(tensors[2].param, before[2].param)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_largest_gradient_is_the_references(dtype: torch.dtype) -> None:
+def test_the_largest_gradient_is_the_references(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     limit = torch.tensor(LARGEST_SQUARABLE, dtype=torch.float32)
     values = torch.stack([limit.nextafter(torch.tensor(0.0)), limit, limit.nextafter(torch.tensor(torch.inf))]).to(
         dtype
     )
     for value in values:
-        tensor = make(1, 64, dtype)
+        tensor = make(1, 64, dtype, scale_dtype, beta2=0.0)
         tensor.grad = torch.zeros(1, 64, dtype=dtype)
         tensor.grad[0, 3] = value
         other = twin(tensor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import solo_triton
 from lowbit_lightning.kernels.dynamic import encode_dynamic
+from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
 from lowbit_lightning.kernels.solo import SoloHyperparameters, SoloTensor, row_bytes, solo_step, solo_step_reference
 from lowbit_lightning.kernels.solo_triton import step_triton
 
@@ -41,6 +42,7 @@ def new_tensor(
     hyper: SoloHyperparameters,
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
     number: int = 0,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> SoloTensor:
     """Return a tensor with a zero state and no gradient yet, on the CPU."""
     state = {"step": torch.zeros(())}
@@ -50,7 +52,7 @@ def new_tensor(
             continue
         blocks = -(-columns // hyper.block_size)
         state[f"{key}_codes"] = torch.zeros(rows, row_bytes(columns, hyper.block_size, bits), dtype=torch.uint8)
-        state[f"{key}_scale"] = torch.zeros(rows, blocks)
+        state[f"{key}_scale"] = torch.zeros(rows, blocks, dtype=scale_dtype)
     if hyper.bits[1] != 32:
         state["exp_avg_sq_log2_base"] = torch.zeros_like(state["exp_avg_sq_scale"])
     generator = torch.Generator().manual_seed(number)
@@ -127,6 +129,28 @@ def test_three_steps_are_the_references(
     bits: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], columns: int, block_size: int
 ) -> None:
     compare([new_tensor(7, columns, hyperparameters(bits, block_size), dtypes)])
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "block_size"),
+    [((4, 2), 256, 128), ((3, 3), 133, 64), ((2, 8), 200, 72), ((8, 32), 64, 64), ((32, 4), 77, 256)],
+)
+def test_steps_with_bf16_scales_are_the_references(bits: tuple[int, int], columns: int, block_size: int) -> None:
+    for stochastic in (True, False):
+        hyper = hyperparameters(bits, block_size, stochastic_rounding=stochastic)
+        compare([new_tensor(7, columns, hyper, scale_dtype=BF16)], steps=2)
+
+
+def test_scales_of_either_type_step_together_and_bf16_ones_stay_finite() -> None:
+    hyper = hyperparameters((4, 2), beta1=0.0, beta2=0.0)
+    expected = [new_tensor(5, 128, hyper, number=i, scale_dtype=dtype) for i, dtype in enumerate((FP32, BF16))]
+    ours = [on_device(tensor) for tensor in expected]
+    for tensor in (*expected, *ours):
+        tensor.grad.fill_(LARGEST_SQUARABLE)
+    assert step_triton(ours) == [solo_step_reference(tensor) for tensor in expected] == [False, False]
+    for reference, got in zip(expected, ours, strict=True):
+        assert_equal(reference, got)
+        assert got.state["exp_avg_sq_scale"].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
