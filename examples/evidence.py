@@ -30,7 +30,7 @@ from lowbit_lightning.optim import state_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
-RUNS = ROOT / "runs" / "evidence"
+RUNS = Path("runs").absolute() / "evidence"
 
 
 def solo(*bits: int, **settings: Any) -> dict[str, Any]:
