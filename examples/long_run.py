@@ -118,9 +118,9 @@ def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     figure, (losses, errors) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     for variant, curves in results.items():
-        losses.plot(curves["step"], curves["loss"], label=variant)
+        (line,) = losses.plot(curves["step"], curves["loss"], label=variant)
         if any(curves["state_error"]):
-            errors.plot(curves["step"], curves["state_error"], label=variant)
+            errors.plot(curves["step"], curves["state_error"], label=variant, color=line.get_color())
     losses.set_ylabel("training loss (nats per byte)")
     errors.set_ylabel("relative error of √v")
     errors.set_xlabel("optimizer step")
