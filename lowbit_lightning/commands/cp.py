@@ -28,5 +28,7 @@ def run(name: str, dest: str, force: bool = False) -> int:
         raise InvalidArgumentError(f"cp: {str(target)!r} exists already; give another name, or --force to replace it.")
     with atomic_file(target) as file:
         file.write(source.read_bytes())
-    print(f"{target}\nRun it with: lowbit-lightning fit --config {target}")
+    # A technique is no run of its own.
+    run_first = "" if source.stem in configs.shipped("recipes") else "--config RUN "
+    print(f"{target}\nRun it with: lowbit-lightning fit {run_first}--config {target}")
     return 0

@@ -65,3 +65,9 @@ def test_cp_into_a_missing_folder_names_the_folder(
 ) -> None:
     assert main(["cp", "tiny", str(tmp_path / "nowhere" / "x.yaml")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_cp_says_how_to_run_a_recipe_and_how_a_technique(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, expected in (("quickstart", "fit --config "), ("solo", "fit --config RUN --config ")):
+        assert main(["cp", name, str(tmp_path)]) in (None, 0)
+        assert f"{expected}{tmp_path / name}.yaml" in capsys.readouterr().out
