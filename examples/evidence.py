@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import platform
+import shutil
 import statistics
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -37,23 +37,34 @@ def solo(*bits: int, **settings: Any) -> dict[str, Any]:
     return {"class_path": "lowbit_lightning.optim.SoloAdamW", "init_args": {"bits": list(bits), **COMMON, **settings}}
 
 
+def micro_adam(**settings: Any) -> dict[str, Any]:
+    return {"class_path": "lowbit_lightning.optim.MicroAdam", "init_args": {**COMMON, **settings}}
+
+
 def naive(bits: int) -> dict[str, Any]:
     return {"class_path": "naive_linear.NaiveLinearAdamW", "init_args": {"bits": bits, **COMMON}}
 
 
-# The recipe's own settings, the same for every variant. The learning rate is chosen for each variant: the best of these
-# on the first seed, since what suits one kind of state need not suit another.
+# The recipe's own settings, the same for every variant. The learning rate is chosen for each variant, since what suits
+# one kind of state need not suit another: the best on the first seed of a study's, and as long as the best is the first
+# or last, of one half or twice as large.
 COMMON = {"weight_decay": 0.1, "betas": [0.9, 0.99]}
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+MOST_LEARNING_RATES = 6
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": COMMON}
+FINE_TUNING = {"weight_decay": 0.01, "betas": [0.9, 0.999]}
 
 
 @dataclass(frozen=True)
 class Study:
-    """A recipe and the optimizers to train it with; the first variant is the baseline."""
+    """A recipe and the optimizers to train it with; the first variant is the baseline.
+
+    ``metric`` is shown beside the validation loss.
+    """
 
     recipe: str
     variants: dict[str, dict[str, Any]]
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    metric: str = "val_bits_per_byte"
 
 
 STUDIES = {
@@ -72,6 +83,28 @@ STUDIES = {
             "naive linear 2/2": naive(2),
         },
     ),
+    "micro_adam": Study(
+        "quickstart",
+        {
+            "fp32 AdamW": ADAMW,
+            "SOLO 8/8": solo(8, 8),
+            "SOLO 4/2": solo(4, 2),
+            "MicroAdam": micro_adam(),
+            "MicroAdam, density auto": micro_adam(density="auto"),
+            "MicroAdam, window correction": micro_adam(bias_correction="window"),
+        },
+        learning_rates=(1e-3, 2e-3),
+    ),
+    "micro_adam_finetune": Study(
+        "finetune_adam",
+        {
+            "fp32 AdamW": {"class_path": "torch.optim.AdamW", "init_args": FINE_TUNING},
+            "SOLO 4/2": solo(4, 2, **FINE_TUNING),
+            "MicroAdam": micro_adam(**FINE_TUNING),
+        },
+        learning_rates=(5e-5, 1e-4),
+        metric="val_accuracy",
+    ),
 }
 
 
@@ -88,11 +121,14 @@ def run(
         return json.loads(done.read_text())
     torch.set_num_threads(threads)
     print(f"--- {variant}, learning rate {lr:g}, seed {seed}", flush=True)
+    shutil.rmtree(done.with_suffix(""), ignore_errors=True)  # of a killed run
     optimizer = {"class_path": optimizer["class_path"], "init_args": {"lr": lr, **optimizer["init_args"]}}
     cli = LowBitCLI(
         [
             "fit", "--config", recipe, "--seed_everything", str(seed), "--optimizer", json.dumps(optimizer),
-            "--data.init_args.seed", str(seed), "--trainer.logger.init_args.save_dir", str(RUNS), *extra,
+            "--data.init_args.seed", str(seed), "--trainer.logger.init_args.save_dir", str(RUNS),
+            # Of its own: runs at the same time would choose the same number.
+            "--trainer.logger.init_args.name", recipe, "--trainer.logger.init_args.version", done.stem, *extra,
         ]
     )  # fmt: skip
     events = EventAccumulator(cli.trainer.logger.log_dir)
@@ -101,8 +137,7 @@ def run(
         "variant": variant,
         "lr": lr,
         "seed": seed,
-        "val_loss": float(cli.trainer.callback_metrics["val_loss"]),
-        "val_bits_per_byte": float(cli.trainer.callback_metrics["val_bits_per_byte"]),
+        **{key: float(value) for key, value in cli.trainer.callback_metrics.items() if key.startswith("val_")},
         "seconds": time.perf_counter() - cli.started,
         "state_bytes": state_bytes(cli.trainer.optimizers[0]),
         "parameters": sum(parameter.numel() for parameter in cli.model.parameters()),
@@ -115,11 +150,12 @@ def run(
     return result
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
+def table(results: dict[str, list[dict[str, Any]]], metric: str) -> str:
     """Return the Markdown table: mean and standard deviation over seeds, and the mean paired difference."""
     baseline = {r["seed"]: r["val_loss"] for r in next(iter(results.values()))}
+    title = metric.removeprefix("val_").replace("_", " ")
     rows = [
-        "| optimizer | best lr | validation loss | bits per byte | against the baseline | state bytes per parameter |",
+        f"| optimizer | best lr | validation loss | {title} | loss against the baseline | state bytes per parameter |",
         "|---|---|---|---|---|---|",
     ]
     for variant, runs in results.items():
@@ -128,7 +164,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         change = statistics.mean(r["val_loss"] / baseline[r["seed"]] - 1 for r in runs)
         rows.append(
             f"| {variant} | {runs[0]['lr']:g} | {statistics.mean(losses):.4f}{spread} "
-            f"| {statistics.mean(r['val_bits_per_byte'] for r in runs):.3f} | {change:+.2%} "
+            f"| {statistics.mean(r[metric] for r in runs):.3f} | {change:+.2%} "
             f"| {runs[0]['state_bytes'] / runs[0]['parameters']:.3f} |"
         )
     return "\n".join(rows)
@@ -136,13 +172,24 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 def lr_table(sweep: dict[str, list[dict[str, Any]]]) -> str:
     """Return the Markdown table of the learning-rate sweep."""
+    tried = sorted({result["lr"] for runs in sweep.values() for result in runs})
     rows = [
-        "| validation loss on seed 0 at learning rate | " + " | ".join(f"{lr:g}" for lr in LEARNING_RATES) + " |",
-        "|---" * (len(LEARNING_RATES) + 1) + "|",
+        "| validation loss on seed 0 at learning rate | " + " | ".join(f"{lr:g}" for lr in tried) + " |",
+        "|---" * (len(tried) + 1) + "|",
     ]
     for variant, runs in sweep.items():
-        rows.append(f"| {variant} | " + " | ".join(f"{result['val_loss']:.4f}" for result in runs) + " |")
+        losses = {result["lr"]: f"{result['val_loss']:.4f}" for result in runs}
+        rows.append(f"| {variant} | " + " | ".join(losses.get(lr, "–") for lr in tried) + " |")
     return "\n".join(rows)
+
+
+def next_learning_rate(runs: list[dict[str, Any]]) -> float | None:
+    """Return what to try beyond the best learning rate so far, or None where it lies between others."""
+    tried = [result["lr"] for result in runs]
+    best: float = min(runs, key=_finite_loss)["lr"]
+    if len(runs) >= MOST_LEARNING_RATES or min(tried) < best < max(tried):
+        return None
+    return best * 2 if best == max(tried) else best / 2
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -157,7 +204,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         (line,) = axes.plot(steps, [statistics.mean(values) for values in losses], marker="o", label=variant)
         axes.fill_between(steps, list(map(min, losses)), list(map(max, losses)), alpha=0.2, color=line.get_color())
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("validation loss (nats per byte)")
+    axes.set_ylabel("validation loss")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -184,7 +231,7 @@ def main() -> None:
     arguments, extra = parser.parse_known_args()
 
     study = STUDIES[arguments.study]
-    threads = max(1, (os.cpu_count() or 1) // arguments.workers)
+    threads = max(1, torch.get_num_threads() // arguments.workers)
     # A process for every run: nothing of one run, such as a random generator, reaches the next.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -192,9 +239,15 @@ def main() -> None:
         def train(variant: str, lr: float, seed: int) -> "Future[dict[str, Any]]":
             return pool.submit(run, study.recipe, variant, study.variants[variant], lr, seed, extra, threads)
 
-        sweep = {variant: [train(variant, lr, seed=0) for lr in LEARNING_RATES] for variant in study.variants}
-        sweep_results = {variant: [future.result() for future in futures] for variant, futures in sweep.items()}
-        best = {variant: min(runs, key=_finite_loss)["lr"] for variant, runs in sweep_results.items()}
+        sweep: dict[str, list[dict[str, Any]]] = {variant: [] for variant in study.variants}
+        asked = {variant: list(study.learning_rates) for variant in study.variants}
+        while asked:
+            futures = {variant: [train(variant, lr, seed=0) for lr in rates] for variant, rates in asked.items()}
+            for variant, runs in futures.items():
+                sweep[variant] += [future.result() for future in runs]
+            further = {variant: next_learning_rate(sweep[variant]) for variant in asked}
+            asked = {variant: [lr] for variant, lr in further.items() if lr is not None}
+        best = {variant: min(runs, key=_finite_loss)["lr"] for variant, runs in sweep.items()}
         pending = {
             variant: [train(variant, lr, seed) for seed in range(arguments.seeds)] for variant, lr in best.items()
         }
@@ -202,7 +255,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     made_on = f"{platform.machine()} CPU, torch {torch.__version__}"
     seeds = f"{arguments.seeds} seeds (mean ± standard deviation), {made_on}."
-    text = f"{table(results)}\n\n{seeds}\n\n{lr_table(sweep_results)}\n"
+    text = f"{table(results, study.metric)}\n\n{seeds}\n\n{lr_table(sweep)}\n"
     (arguments.out / f"{arguments.study}.md").write_text(text)
     (arguments.out / f"{arguments.study}.json").write_text(json.dumps(results, indent=1))
     plot(results, arguments.out / f"{arguments.study}.png")

@@ -24,6 +24,8 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 
 DRAWS_PER_CALL = 8
+# Elements that share their planar draws where a tensor has no rows or blocks of its own to number draws by.
+NOISE_BLOCK = 128
 
 
 def stream_id(name: str, purpose: Purpose) -> int:
@@ -78,3 +80,10 @@ def block_calls(first_block: int, blocks: int, calls_per_block: int, device: tor
     """Return the call indices of consecutive equal blocks, (blocks, calls_per_block) int64, row-major."""
     calls = torch.arange(first_block * calls_per_block, (first_block + blocks) * calls_per_block, device=device)
     return calls.view(blocks, calls_per_block)
+
+
+def element_draws(seed: int, stream: int, step: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """Return the draws of elements ``start`` to ``stop`` of a flattened tensor, (stop - start,) int32."""
+    first, calls = start // NOISE_BLOCK, NOISE_BLOCK // DRAWS_PER_CALL
+    draws = draw_16bit(seed, stream, step, block_calls(first, -(-stop // NOISE_BLOCK) - first, calls, device))
+    return draws.flatten()[start - first * NOISE_BLOCK : stop - first * NOISE_BLOCK]

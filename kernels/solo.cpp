@@ -4,20 +4,18 @@
 // cache. All arithmetic is IEEE addition, multiplication, division and square root in the reference's order, so the
 // build must not contract to fused multiply-add or reassociate (-ffp-contract=off, no -ffast-math). The loops are
 // written for the compiler's vectorizer; intrinsics stand only where it finds no good form (look-ups, Philox).
-// solo_cpu.py builds this file, generates solo_constants.h from the reference's constants, and mirrors `Tensor`.
+// solo_cpu.py has this file built, generates solo_constants.h from the reference's constants, and mirrors `Tensor`.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <thread>
 #include <type_traits>
-#include <vector>
 
+#include "checked_steps.h"
+#include "elements.h"
 #include "solo_formats.h"
-#include "workers.h"
 
 namespace {
 
@@ -44,27 +42,21 @@ struct Hyper {
     double stochastic_rounding, bf16_stochastic_rounding, maximize;
 };
 
-enum Type : int64_t { FP32 = 0, BF16 = 1 };
-
 // The default block size, for which the phases are compiled with constant loop counts.
 constexpr int64_t USUAL_LENGTH = 128;
 constexpr int64_t BATCH_BLOCKS = 16;
 // Two fp32 arrays of this length and their neighbours fit a 32 KiB first-level cache.
 constexpr int64_t BATCH_ELEMENTS = 2048;
-// What a thread claims at a time: its gradient, checked first, is still in the second-level cache when it is used.
-constexpr int64_t ITEM_ELEMENTS = 65536;
 
 // A tensor's numbers for one step, rounded to fp32 where torch rounds a Python scalar that meets an fp32 tensor.
-struct Plan {
+struct Plan : Checked {
     Tensor tensor;
     int64_t first_bits, second_bits, block_size, blocks_per_row, first_row_bytes, second_row_bytes;
-    int64_t items, blocks_per_item, first_ticket;
+    int64_t blocks_per_item;
     float sign, one_minus_beta1, one_minus_beta2, denominator_factor, eps, decay, step_size;
     double quantile;
     uint32_t seed, step;
     bool state_noise, weight_noise;
-    std::atomic<int64_t> checks_left{0};
-    std::atomic<bool> finite{true};
 
     int64_t blocks() const { return tensor.rows * blocks_per_row; }
     int64_t block_length() const { return std::min(block_size, tensor.columns); }
@@ -95,7 +87,6 @@ void fill(Plan& plan, const Tensor& tensor, const Hyper& hyper) {
     plan.second_row_bytes = row_bytes(columns, plan.block_size, plan.second_bits);
     plan.blocks_per_item = std::max<int64_t>(1, ITEM_ELEMENTS / plan.block_length());
     plan.items = (plan.blocks() + plan.blocks_per_item - 1) / plan.blocks_per_item;
-    plan.checks_left = plan.items;
 
     const double step = static_cast<double>(*tensor.step) + 1;
     plan.step = static_cast<uint32_t>(static_cast<uint64_t>(step));
@@ -313,54 +304,13 @@ void step_blocks(const Plan& plan, int64_t first, int64_t stop, Scratch& scratch
     }
 }
 
-// Whether no element is NaN or has a magnitude whose square overflows.
+// Whether no element of these blocks is NaN or has a magnitude whose square overflows.
 bool is_steppable(const Plan& plan, int64_t first, int64_t stop) {
     const auto offset = [&](int64_t block) {
         return block / plan.blocks_per_row * plan.tensor.columns + block % plan.blocks_per_row * plan.block_size;
     };
-    const int64_t begin = offset(first), end = offset(stop);
-    int32_t most = 0;
-    if (plan.tensor.grad_type == FP32) {
-        const float* grad = static_cast<const float*>(plan.tensor.grad);
-#pragma omp simd reduction(max : most)
-        for (int64_t i = begin; i < end; ++i) most = std::max(most, bit_cast<int32_t>(grad[i]) & 0x7FFFFFFF);
-    } else {
-        const uint16_t* grad = static_cast<const uint16_t*>(plan.tensor.grad);
-#pragma omp simd reduction(max : most)
-        for (int64_t i = begin; i < end; ++i) most = std::max(most, (static_cast<int32_t>(grad[i]) & 0x7FFF) << 16);
-    }
-    return most <= bit_cast<int32_t>(LARGEST_SQUARABLE);  // the bits of infinities and NaN are larger than any number's
+    return none_exceeds(plan.tensor.grad, plan.tensor.grad_type, offset(first), offset(stop), LARGEST_SQUARABLE);
 }
-
-// ---- threads ----------------------------------------------------------------------------------------------------
-
-// Tickets are drawn in order: for each tensor first those that check its gradient, then those that step it. A tensor of
-// one ticket is checked and stepped in one go.
-struct Job {
-    std::vector<Plan> plans;
-    int64_t tickets = 0, stride = 0;
-    std::atomic<int64_t> next{0};
-
-    void work() {
-        Scratch scratch(stride);
-        size_t at = 0;
-        for (int64_t ticket; (ticket = next.fetch_add(1)) < tickets;) {
-            while (at + 1 < plans.size() && plans[at + 1].first_ticket <= ticket) ++at;
-            Plan& plan = plans[at];
-            const int64_t number = ticket - plan.first_ticket, item = number % plan.items;
-            const int64_t first = item * plan.blocks_per_item;
-            const int64_t stop = std::min(first + plan.blocks_per_item, plan.blocks());
-            if (number < plan.items) {
-                if (!is_steppable(plan, first, stop)) plan.finite = false;
-                --plan.checks_left;
-                if (plan.items > 1) continue;
-            }
-            // All checks have been claimed by now, so this waits for a fraction of one item at most.
-            while (plan.checks_left) std::this_thread::yield();
-            if (plan.finite) step_blocks(plan, first, stop, scratch);
-        }
-    }
-};
 
 }  // namespace
 
@@ -368,16 +318,25 @@ struct Job {
 extern "C" __attribute__((visibility("default"))) void solo_step(const Tensor* tensors, int64_t count,
                                                                  const Hyper* hypers, int64_t threads,
                                                                  uint8_t* skipped) {
-    Job job;
-    job.plans = std::vector<Plan>(static_cast<size_t>(count));
+    Job<Plan> job(count);
+    int64_t stride = 0;
     for (int64_t i = 0; i < count; ++i) {
         Plan& plan = job.plans[static_cast<size_t>(i)];
         fill(plan, tensors[i], hypers[tensors[i].hyper]);
-        plan.first_ticket = job.tickets;
-        job.tickets += plan.items > 1 ? 2 * plan.items : 1;
-        job.stride = std::max(job.stride, padded_to_eight(plan.block_length()));
+        stride = std::max(stride, padded_to_eight(plan.block_length()));
     }
-    workers->run([&job] { job.work(); }, std::min(threads, job.tickets) - 1);
+    const auto blocks_of = [](const Plan& plan, int64_t item, auto work) {
+        const int64_t first = item * plan.blocks_per_item;
+        return work(first, std::min(first + plan.blocks_per_item, plan.blocks()));
+    };
+    job.run(
+        threads, [&] { return Scratch(stride); },
+        [&](const Plan& plan, int64_t item) {
+            return blocks_of(plan, item, [&](int64_t first, int64_t stop) { return is_steppable(plan, first, stop); });
+        },
+        [&](const Plan& plan, int64_t item, Scratch& scratch) {
+            blocks_of(plan, item, [&](int64_t first, int64_t stop) { step_blocks(plan, first, stop, scratch); });
+        });
     for (int64_t i = 0; i < count; ++i) {
         skipped[i] = !job.plans[static_cast<size_t>(i)].finite;
         if (!skipped[i]) *tensors[i].step += 1;

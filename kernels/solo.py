@@ -17,8 +17,10 @@ State of a (rows, columns) parameter, by key; ``blocks = ceil(columns / block_si
 ``scale`` is fp32, or bf16 in all of them; the tensors themselves say which.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from .logarithmic import decode_logarithmic, encode_logarithmic
 from .packing import pack, packed_length, unpack
 from .philox import DRAWS_PER_CALL, block_calls, draw_16bit
 from .solo_cpu import load_library, step_compiled, takes
-from .stochastic_rounding import round_scale, round_to_bf16
+from .stochastic_rounding import ROUNDED_DTYPES, round_scale, round_weights
 
 # Elements that the reference treats at a time: bounds its transient memory, and intermediates stay in a CPU's cache.
 _CHUNK = 65536
@@ -57,6 +59,17 @@ class SoloHyperparameters:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of a whole parameter that a shard is, for shards that cut rows.
+
+    ``shape`` is the whole one's, of two dimensions or more; ``slices`` has one for each. The first is in rows.
+    """
+
+    shape: tuple[int, ...]
+    slices: tuple[slice, ...]
+
+
 @dataclass(slots=True)
 class SoloTensor:
     """One parameter in one step.
@@ -65,7 +78,8 @@ class SoloTensor:
     logical order. ``state`` holds the tensors listed at the top of this file and ``step``, 0-d fp32, which counts the
     steps made so far: on the CPU, but beside the parameter where that is on CUDA. There ``skips`` (0-d int64) counts
     skipped steps, since the host does not wait to see them. The streams come from :func:`.philox.stream_id`;
-    ``first_row`` is the global row of a shard's first row.
+    ``first_row`` is the global row of a shard's first row. A shard that is not made of whole rows says so by ``cut``;
+    its moments must have 32 bits, and only :func:`solo_step` gives its weights the noise of their place in the whole.
     """
 
     param: Tensor
@@ -78,6 +92,7 @@ class SoloTensor:
     weight_stream: int = 0
     first_row: int = 0
     skips: Tensor | None = None
+    cut: Part | None = None
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -240,9 +255,9 @@ def solo_step_reference(tensor: SoloTensor) -> bool:
             step,
         )
 
-        if param.dtype == torch.bfloat16 and hyper.bf16_stochastic_rounding:
+        if param.dtype in ROUNDED_DTYPES and hyper.bf16_stochastic_rounding:
             draws = _draws(segment, tensor, tensor.weight_stream, step)
-            updated = round_to_bf16(updated, draws[:, : segment.length])
+            updated = round_weights(updated, param.dtype, draws[:, : segment.length])
         _write(param[segment.rows, segment.columns], updated)
 
         state_noise = hyper.stochastic_rounding and second_bits != 32
@@ -289,6 +304,7 @@ def solo_step(tensors: Sequence[SoloTensor]) -> list[bool]:
         For each tensor whether it was skipped, see :func:`solo_step_reference`; False for one that was given to CUDA,
         where it is only known later: there the tensor's ``skips`` counts.
     """
+    asked, tensors = tensors, [_in_fp32(tensor) for tensor in tensors]
     given = [tensor for tensor in tensors if tensor.param.is_cuda and solo_triton.takes(tensor)]
     if given:
         solo_triton.launch(given)
@@ -296,4 +312,41 @@ def solo_step(tensors: Sequence[SoloTensor]) -> list[bool]:
     compiled = [tensor for tensor in tensors if takes(tensor)] if library else []
     skipped = dict(zip(map(id, compiled), step_compiled(library, compiled), strict=True)) if library else {}
     skipped |= {id(tensor): False for tensor in given}
-    return [skipped[id(tensor)] if id(tensor) in skipped else solo_step_reference(tensor) for tensor in tensors]
+    result = [skipped[id(tensor)] if id(tensor) in skipped else solo_step_reference(tensor) for tensor in tensors]
+    for tensor, stepped in zip(asked, tensors, strict=True):
+        if stepped is not tensor:
+            _round_cut(tensor, stepped.param)
+    return result
+
+
+def _in_fp32(tensor: SoloTensor) -> SoloTensor:
+    """Return a tensor with a copy of the weights in fp32 where their noise is not that of a matrix of whole rows."""
+    if tensor.cut is None or tensor.param.dtype not in ROUNDED_DTYPES or not tensor.hyper.bf16_stochastic_rounding:
+        return tensor
+    return replace(tensor, param=tensor.param.float())
+
+
+def _round_cut(tensor: SoloTensor, updated: Tensor) -> None:
+    """Round fp32 weights to the bf16 or fp16 ones of ``tensor``, by the draws that the whole parameter would get there.
+
+    Unchanged weights, of a step that was skipped, stay so: rounding leaves alone what their dtype can represent.
+    """
+    assert tensor.cut is not None
+    (rows, *others), (_, *shape) = tensor.cut.slices, tensor.cut.shape
+    part_shape = [piece.stop - piece.start for piece in tensor.cut.slices]
+    param, updated = tensor.param.view(part_shape), updated.view(part_shape)
+    counter = tensor.state["step"]
+    # On a device the counter stays a tensor, which draws take as well: nothing waits to see it.
+    step: Any = int(counter) if counter.is_cpu else counter.long()
+    columns = math.prod(shape)
+    span = max(1, _CHUNK // max(columns, 1))
+    for first in range(0, part_shape[0], span):
+        chunk = slice(first, min(first + span, part_shape[0]))
+        count = chunk.stop - chunk.start
+        whole = replace(tensor, columns=columns, first_row=rows.start + first)
+        draws = [
+            _draws(segment, whole, tensor.weight_stream, step)[:, : segment.length].reshape(count, -1)
+            for segment in _segments(count, columns, tensor.hyper.block_size)
+        ]
+        placed = torch.cat(draws, dim=1).view(count, *shape)[(slice(None), *others)]
+        param[chunk] = round_weights(updated[chunk], param.dtype, placed)

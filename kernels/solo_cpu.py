@@ -1,29 +1,8 @@
-"""The SOLO step on CPUs: builds ``solo.cpp`` on first use, loads it, and hands it all tensors of a step in one call.
-
-The library is compiled for this very processor with the C++ compiler that is found ($CXX, c++, g++, clang++), which
-takes a few seconds once, and kept in the user's cache folder under a name made of everything that it depends on. It
-uses neither Python's nor torch's headers, and threads of its own, as many as ``torch.get_num_threads()`` says: a second
-OpenMP runtime beside torch's would be a known source of hangs. Without a compiler the reference does the work, after a
-warning.
-
-Environment variables, read at the first step:
-
-    LOWBIT_LIGHTNING_CPU_KERNEL   ``auto`` (default), or ``reference`` to not use the library
-    LOWBIT_LIGHTNING_CACHE        the folder to keep the library in
-"""
+"""The SOLO step on CPUs: hands all tensors of a step to ``solo.cpp`` in one call, see :mod:`.compiled`."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import warnings
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,36 +11,17 @@ import torch
 from torch import Tensor
 
 from . import elementary, logarithmic
+from .compiled import TYPES, build, constants_header, load
 from .dynamic import dynamic_map, dynamic_midpoints
 
 if TYPE_CHECKING:
     from .solo import SoloHyperparameters, SoloTensor
 
-_FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / name for name in ("solo.cpp", "solo_formats.h", "workers.h")]
-# Nothing that would change a result: contraction is forbidden, the last two only drop errno and floating-point traps.
-_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-fopenmp-simd"]
-_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# Tried in this order: compilers differ in how they are told to use all that this processor can do.
-_TARGET_FLAGS: tuple[list[str], ...] = (
-    ["-march=native", "-mprefer-vector-width=512"],
-    ["-march=native"],
-    ["-mcpu=native"],
-    [],
-)
-
-# As `enum Type` in solo.cpp.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-class _BuildError(Exception):
-    """Why there is no library; the message names the remedy."""
-
 
 def takes(tensor: "SoloTensor") -> bool:
     """Return whether the library can step this tensor: on the CPU, fp32 or bf16, state as the optimizer makes it."""
     param, grad = tensor.param, tensor.grad
-    if not (param.is_cpu and grad.is_cpu and param.dtype in _TYPES and grad.dtype in _TYPES):
+    if not (param.is_cpu and grad.is_cpu and param.dtype in TYPES and grad.dtype in TYPES):
         return False
     for value in tensor.state.values():
         if not (value.is_cpu and value.is_contiguous()):
@@ -93,7 +53,7 @@ def step_compiled(library: ctypes.CDLL, tensors: Sequence["SoloTensor"]) -> list
         if id(hyper) not in hypers:
             hypers[id(hyper)] = len(hypers)
             hyper_table.extend(_hyper_row(hyper))
-        types = _TYPES[param.dtype], _TYPES[grad.dtype], _TYPES[tensor.scale_dtype]
+        types = TYPES[param.dtype], TYPES[grad.dtype], TYPES[tensor.scale_dtype]
         noise = tensor.state_stream, tensor.weight_stream, tensor.first_row
         pointers = param.data_ptr(), grad.data_ptr(), *_state_pointers(tensor)
         table.extend((*pointers, tensor.rows, tensor.columns, *types, *noise, hypers[id(hyper)]))
@@ -142,94 +102,16 @@ def load_library() -> ctypes.CDLL | None:
     Raises:
         ValueError: LOWBIT_LIGHTNING_CPU_KERNEL has a value that means nothing.
     """
-    choice = os.environ.get("LOWBIT_LIGHTNING_CPU_KERNEL", "auto")
-    if choice not in ("auto", "reference"):
-        raise ValueError(f"LOWBIT_LIGHTNING_CPU_KERNEL={choice!r} is out of range: auto or reference")
-    if choice == "reference":
-        return None
-    try:
-        library = ctypes.CDLL(str(build_library(cache_folder())))
-    except (_BuildError, OSError) as error:
-        warnings.warn(
-            f"the fast CPU step of SoloAdamW is not available, the slow reference does the work: {error}. "
-            "Setting LOWBIT_LIGHTNING_CPU_KERNEL=reference silences this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.solo_step.argtypes = (pointer, integer, pointer, integer, pointer)
-    library.solo_step.restype = None
+    library = load("SoloAdamW", build_library)
+    if library is not None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.solo_step.argtypes = (pointer, integer, pointer, integer, pointer)
+        library.solo_step.restype = None
     return library
 
 
-def cache_folder() -> Path:
-    """Return the folder that keeps the library, by the platform's convention."""
-    if folder := os.environ.get("LOWBIT_LIGHTNING_CACHE"):
-        return Path(folder)
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "lowbit_lightning"
-    conventional = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return conventional / "lowbit_lightning"
-
-
 def build_library(folder: Path) -> Path:
-    """Return the path of the library in ``folder``, compiled unless it is there already.
-
-    Several processes may do so at once: each compiles on its own, and the last to finish replaces an equal file.
-
-    Raises:
-        _BuildError: no compiler, or none that compiles the source.
-        OSError: the folder cannot be written.
-    """
-    compiler = _compiler()
-    sources, constants = [path.read_bytes() for path in _SOURCES], _constants_header()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    identity = repr((sources, constants, _FLAGS, _TARGET_FLAGS, compiler, version, _processor()))
-    library = folder / f"solo_{hashlib.blake2s(identity.encode(), digest_size=10).hexdigest()}.so"
-    if library.exists():
-        return library
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as build:
-        (Path(build) / "solo_constants.h").write_text(constants)
-        output = Path(build) / "solo.so"
-        for target in _TARGET_FLAGS:
-            command = [*compiler, *_FLAGS, *target, "-I", build, str(_SOURCES[0]), "-o", str(output)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                output.replace(library)
-                return library
-    raise _BuildError(
-        f"{shlex.join(compiler)} cannot compile {_SOURCES[0]}; install a newer g++ or clang++, or name one in CXX. "
-        f"It says: {result.stderr.strip()[-500:]}"
-    )
-
-
-def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    for candidate in [named] if named else ["c++", "g++", "clang++"]:
-        command = shlex.split(candidate)
-        if command and shutil.which(command[0]):
-            return command
-    missing = f"CXX={named} is not a command" if named else "there is no C++ compiler (c++, g++, clang++)"
-    raise _BuildError(f"{missing}; install g++ or clang++, or name one in CXX")
-
-
-def _processor() -> str:
-    """Return what -march=native depends on: a home folder may be shared by different machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    lines = dict.fromkeys(line for line in info.read_text().splitlines() if line.startswith(_CPUINFO_KEYS))
-    return "\n".join(lines)
-
-
-_CPUINFO_KEYS = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-
-
-def _constants_header() -> str:
-    """Return the constants of the reference as C++, so that there is one place where they are set."""
+    """Return the path of the library in ``folder``, compiled unless it is there already."""
     arrays = {"LOG2_COEFFICIENTS": elementary.LOG2_COEFFICIENTS, "EXP2_COEFFICIENTS": elementary.EXP2_COEFFICIENTS}
     for bits in (2, 3, 4, 8):
         # Vector look-ups read sixteen entries. Normalized values stay below 2, so no code passes the last midpoint.
@@ -244,12 +126,6 @@ def _constants_header() -> str:
         "SMALLEST_SPAN": logarithmic.SMALLEST_SPAN,
         "LARGEST_BF16": torch.finfo(torch.bfloat16).max,
     }
-    lines = [f"constexpr float {name}[] = {{{_floats(values)}}};" for name, values in arrays.items()]
-    lines += [f"constexpr float {name} = {_floats([value])};" for name, value in scalars.items()]
-    lines += [f"constexpr int SQRT_HALF_BITS = {elementary.SQRT_HALF_BITS};"]
-    return "\n".join(lines) + "\n"
-
-
-def _floats(values: Iterable[float]) -> str:
-    """Return fp32 literals, rounded by torch as the reference's tensors are."""
-    return ", ".join(f"{value.hex()}f" for value in torch.tensor(list(values), dtype=torch.float32).tolist())
+    constants = constants_header(scalars, {"SQRT_HALF_BITS": elementary.SQRT_HALF_BITS}, arrays)
+    includes = ("checked_steps.h", "solo_formats.h", "elements.h", "workers.h")
+    return build("solo", includes, {"solo_constants.h": constants}, folder)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from . import dynamic, elementary, logarithmic
+from .triton_arithmetic import integer_power, philox, round_to_bf16
 
 
 def _fp32(values: object) -> tl.constexpr:
@@ -79,7 +80,6 @@ _MIDPOINTS_4 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoi
 # An 8-bit code is looked up by sign, exponent and six bits of mantissa; no two midpoints share such a cell.
 CELL_SHIFT = 17
 _CELL_SHIFT = tl.constexpr(CELL_SHIFT)
-_INFINITY_BITS = tl.constexpr(0x7F800000)
 _LARGEST_BF16_BITS = _fp32_bits(torch.finfo(torch.bfloat16).max)
 _NO_VALUE = tl.constexpr(0x7FFFFFFF)
 CHECK_ELEMENTS = 16384  # of a gradient, by one program
@@ -135,17 +135,6 @@ def check_gradients(table, entry_of_program, flags, GRAD_BF16: tl.constexpr):
 
 
 @triton.jit
-def _integer_power(base, exponent):
-    """Return base**exponent in fp64 by squaring; the error is far below what rounding to fp32 hides."""
-    power = base * 0.0 + 1.0
-    while exponent > 0:
-        power = tl.where(exponent % 2 == 1, power * base, power)
-        base = base * base
-        exponent = exponent // 2
-    return power
-
-
-@triton.jit
 def advance_steps(table, hypers, flags, scalars):
     """Count the step of one tensor and derive its scalars, or count that it is skipped; clears its flag."""
     entry = tl.program_id(0)
@@ -163,11 +152,11 @@ def advance_steps(table, hypers, flags, scalars):
         tl.store(row + _STEP_BITS, exponent.to(tl.float32, bitcast=True))
         tl.store(row + _ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32))
         tl.store(row + _ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32))
-        correction = tl.sqrt(1.0 - _integer_power(beta2, exponent))
+        correction = tl.sqrt(1.0 - integer_power(beta2, exponent))
         tl.store(row + _DENOMINATOR_FACTOR, (1.0 / correction).to(tl.float32))
         tl.store(row + _EPS_FP32, tl.load(hyper + _EPS).to(tl.float32))
         tl.store(row + _DECAY, (1.0 - lr * tl.load(hyper + _WEIGHT_DECAY)).to(tl.float32))
-        tl.store(row + _STEP_SIZE, (lr / (1.0 - _integer_power(beta1, exponent))).to(tl.float32))
+        tl.store(row + _STEP_SIZE, (lr / (1.0 - integer_power(beta1, exponent))).to(tl.float32))
     else:
         skips = _field(table, entry, _SKIPS)
         if skips != 0:
@@ -199,21 +188,6 @@ def _exp2(y):
 
 
 # ---- philox.py ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _philox(seed, stream, step, calls):
-    """Return the four uint32 words of each int64 call, in a tuple."""
-    c0, c1 = calls.to(tl.uint32), (calls >> 32).to(tl.uint32)
-    c2, c3 = c0 * 0 + step, c0 * 0
-    k0, k1 = seed, stream
-    for _ in tl.static_range(10):
-        # One widening multiplication gives both halves.
-        product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c2 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0, (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
 
 
 # ---- packing.py -----------------------------------------------------------------------------------------------------
@@ -373,18 +347,6 @@ def _block_quantile(keys, length, rank, weight, quantile, least, most):
 
 
 @triton.jit
-def _round_to_bf16(value, draw, NOISE: tl.constexpr):
-    """Return int16 bits: rounded by a draw in [0, 65536), or to the nearest with ties to even."""
-    bits = value.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    if NOISE:
-        rounded = tl.where(magnitude < _INFINITY_BITS, bits + draw, bits)
-    else:
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-    return (tl.where(magnitude > _INFINITY_BITS, 0x7FC00000, rounded) >> 16).to(tl.int16)
-
-
-@triton.jit
 def _scale_draws(words, i):
     """Return (blocks,) uint32 draws for the two scales of each block, from its first call's words in (blocks, c)."""
     first, second = words[0] ^ (words[0] >> 16), words[1] ^ (words[1] >> 16)
@@ -515,7 +477,7 @@ def solo_step(
         # Philox counts in the layout of what was loaded, to which a zero ties it: a bf16's low bits, or those above a
         # packed word. Otherwise its words would have to change hands between threads.
         if WEIGHT_NOISE:
-            weight_words = _philox(seed, weight_stream, step, call + (param_bits[0] & 1))
+            weight_words = philox(seed, weight_stream, step, call + (param_bits[0] & 1))
 
         params, first_moments, second_moments = (), (), ()
         for lane in tl.static_range(8):
@@ -551,9 +513,9 @@ def solo_step(
             offsets = elements + (lane * calls + i)
             if PARAM_BF16:
                 if WEIGHT_NOISE:
-                    rounded = _round_to_bf16(params[lane], _draw(weight_words, lane), True)
+                    rounded = round_to_bf16(params[lane], _draw(weight_words, lane), True)
                 else:
-                    rounded = _round_to_bf16(params[lane], 0, False)
+                    rounded = round_to_bf16(params[lane], 0, False)
                 tl.store(_pointers(param, offsets, tl.int16, ALIGN), rounded, mask=insides[lane])
             else:
                 tl.store(_pointers(param, offsets, tl.float32, ALIGN), params[lane], mask=insides[lane])
@@ -570,7 +532,7 @@ def solo_step(
             most = tl.max(most, axis=1)
             if SCALE_BF16:
                 scale = tl.minimum(most, _LARGEST_BF16_BITS).to(tl.float32, bitcast=True)
-                scale_bits = _round_to_bf16(scale, 0, False)
+                scale_bits = round_to_bf16(scale, 0, False)
                 tl.store(first_scale.to(tl.pointer_type(tl.int16)) + block, scale_bits, mask=exists)
                 most = scale_bits.to(tl.int32) << 16
             else:
@@ -622,16 +584,16 @@ def solo_step(
             divisor = tl.maximum(per_step, _SMALLEST_SPAN)
             inverse = tl.div_rn(divisor * 0.0 + 1.0, divisor)[:, None]
             if STATE_NOISE:
-                state_words = _philox(seed, state_stream, step, call + (second_words[0] >> 24))
+                state_words = philox(seed, state_stream, step, call + (second_words[0] >> 24))
             if SCALE_BF16:
                 scale = tl.minimum(most, _LARGEST_BF16_BITS).to(tl.float32, bitcast=True)
                 if STATE_NOISE:
                     scale_draw, base_draw = _scale_draws(state_words, i)
-                    scale_bits = _round_to_bf16(scale, scale_draw, True)
-                    base_bits = _round_to_bf16(new_log2_base, base_draw, True)
+                    scale_bits = round_to_bf16(scale, scale_draw, True)
+                    base_bits = round_to_bf16(new_log2_base, base_draw, True)
                 else:
-                    scale_bits = _round_to_bf16(scale, 0, False)
-                    base_bits = _round_to_bf16(new_log2_base, 0, False)
+                    scale_bits = round_to_bf16(scale, 0, False)
+                    base_bits = round_to_bf16(new_log2_base, 0, False)
                 tl.store(second_scale.to(tl.pointer_type(tl.int16)) + block, scale_bits, mask=exists)
                 tl.store(second_log2_base.to(tl.pointer_type(tl.int16)) + block, base_bits, mask=exists)
             codes = ()

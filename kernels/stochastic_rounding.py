@@ -1,4 +1,4 @@
-"""Stochastic rounding of fp32 weights to bf16.
+"""Stochastic rounding of fp32 weights to bf16 and fp16.
 
 An update below half a unit in the last place of bf16 (2⁻⁹ of the weight) vanishes under nearest rounding; weight decay
 nearly always is one. Rounding up with a probability equal to the discarded fraction keeps it in expectation. Values
@@ -21,6 +21,28 @@ def round_to_bf16(values: Tensor, draws: Tensor) -> Tensor:
     bits = values.view(torch.int32)
     rounded = ((bits + draws) & -65536).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def round_to_fp16(values: Tensor, draws: Tensor) -> Tensor:
+    """Return fp16 of fp32 values, rounded by 16-bit draws; see :func:`round_to_bf16`.
+
+    Thirteen bits are discarded, and below 2⁻¹⁴, where fp16 numbers are 2⁻²⁴ apart, more and more: there it is a sum,
+    of as many bits of the draw as keep it exact. Magnitudes rounded to 2¹⁶ become infinite, as in any conversion.
+    """
+    bits = values.view(torch.int32)
+    rounded = ((bits + (draws >> 3)) & -8192).view(torch.float32)
+    small = torch.floor(values.abs() * 2.0**24 + (draws >> 2).float() * 2.0**-14) * 2.0**-24
+    rounded = torch.where(values.abs() < 2.0**-14, torch.copysign(small, values), rounded)
+    return torch.where(values.isfinite(), rounded, values).to(torch.float16)
+
+
+# What weights may be rounded to.
+ROUNDED_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def round_weights(values: Tensor, dtype: torch.dtype, draws: Tensor) -> Tensor:
+    """Return fp32 values in one of ROUNDED_DTYPES, rounded by 16-bit draws."""
+    return round_to_bf16(values, draws) if dtype == torch.bfloat16 else round_to_fp16(values, draws)
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype, draws: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 The verbs that only look at files answer without importing torch, which takes seconds; ``fit``, ``validate``, ``test``
 and ``predict`` are handed to :class:`lowbit_lightning.cli.LowBitCLI`. An error that the user can mend is one message on
-stderr and status 2, never a traceback.
+stderr and status 2, never a traceback; a run that diverged for good ends with status 3.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowbit_lightning import __version__
-from lowbit_lightning.errors import InvalidArgumentError, LowBitError
+from lowbit_lightning.errors import InvalidArgumentError, LowBitError, TrainingDivergedError
 
 VERBS = {
     "fit": "train a model: `fit --config quickstart`, `fit --config my.yaml --config solo`, `fit --help`",
@@ -24,8 +24,10 @@ VERBS = {
     "predict": "run the predict loop of a configuration",
     "list": "show the shipped recipes and techniques",
     "cp": "copy a shipped recipe or technique to change it: `cp NAME DEST [--force]`",
+    "export": "turn quantized optimizer states back into torch AdamW's: `export CHECKPOINT [-o OUT]`",
+    "tune": "find eps and lr of a forward-only run: `tune CONFIG --forwards 2000` writes tuned.yaml",
     "doctor": "describe this machine and what will work on it; --digest compares the kernels' results",
-    "bench": "measure on this machine: `bench optim` runs optimizer steps against torch, torchao and bitsandbytes",
+    "bench": "measure on this machine: `bench optim` (steps against torch, torchao, bitsandbytes), guard, zo",
 }
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
@@ -54,11 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         argv: The arguments after the program's name; those of the process when None.
 
     Returns:
-        The exit status: 0, 2 for an error that the user can mend, 130 when interrupted.
+        The exit status: 0, 2 for an error that the user can mend, 3 for a run that diverged, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
+    except TrainingDivergedError as error:
+        _complain(str(error))
+        return 3
     except LowBitError as error:
         return _complain(str(error))
     except OSError as error:
@@ -95,11 +100,20 @@ def _dispatch(arguments: list[str]) -> int | None:
         from lowbit_lightning.commands import bench
 
         return bench.run(rest)
+    if verb == "tune":  # takes settings of the run as well
+        from lowbit_lightning.commands import tune
+
+        return tune.run(rest)
     parser = argparse.ArgumentParser(prog=f"lowbit-lightning {verb}", description=VERBS[verb], allow_abbrev=False)
     if verb == "cp":
         parser.add_argument("name", help="as shown by `lowbit-lightning list`")
         parser.add_argument("dest", help="a file to write, or an existing folder")
         parser.add_argument("--force", action="store_true", help="replace a file that is there already")
+    if verb == "export":
+        parser.add_argument("checkpoint", help="a checkpoint file of a Lightning run")
+        parser.add_argument("-o", "--out", help="a file to write, or an existing folder; by default NAME-adamw.ckpt")
+        parser.add_argument("--force", action="store_true", help="replace a file that is there already")
+        parser.add_argument("--trust", action="store_true", help="load a checkpoint that could run code")
     if verb == "doctor":
         parser.add_argument("--digest", action="store_true", help="compare the kernels' results with committed ones")
     options = parser.parse_args(rest)
@@ -111,6 +125,10 @@ def _dispatch(arguments: list[str]) -> int | None:
         from lowbit_lightning.commands import cp
 
         return cp.run(options.name, options.dest, options.force)
+    if verb == "export":
+        from lowbit_lightning.commands import export
+
+        return export.run(options.checkpoint, options.out, options.force, options.trust)
     from lowbit_lightning.commands import doctor
 
     return doctor.run(digest=options.digest)

@@ -15,8 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lowbit_lightning.atomic_file import atomic_file
 from lowbit_lightning.errors import CheckpointError
 
-KEYWORDS = ("last", "best", "hpc")
-"""Values of ``--ckpt_path`` that Lightning looks up itself."""
+KEYWORDS = ("last", "best", "hpc", "trusted")
+"""Values of ``--ckpt_path`` that are looked up: the first three by Lightning, the last by LowBitCLI."""
 
 
 class _ErrorKeepingFile:

@@ -30,15 +30,19 @@ from torch.optim import Optimizer
 # Imported for their classes: jsonargparse resolves a short name such as `CausalLM` among the classes it has seen.
 import lowbit_lightning.data
 import lowbit_lightning.models
-import lowbit_lightning.optim  # noqa: F401
+import lowbit_lightning.optim
+import lowbit_lightning.strategies  # noqa: F401
 from lowbit_lightning import checkpoints, late_optimizer
 from lowbit_lightning.__main__ import main
 from lowbit_lightning.atomic_file import atomic_file
-from lowbit_lightning.callbacks import MemoryLedger
+from lowbit_lightning.callbacks import MemoryLedger, QuantizeOptimizerStates
 from lowbit_lightning.config_errors import ConfigParser, ConfigProblem, explain
 from lowbit_lightning.config_sources import resolve_names
-from lowbit_lightning.errors import CheckpointError, LowBitError
+from lowbit_lightning.errors import CheckpointError, InvalidArgumentError, LowBitError
+from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
 from lowbit_lightning.run_summary import summary
+from lowbit_lightning.spikes.trusted import find as find_trusted
+from lowbit_lightning.strategies.forward_only import ForwardOnlyMixin
 
 __all__ = ["LowBitCLI", "main", "run"]
 
@@ -165,18 +169,46 @@ class LowBitCLI(LightningCLI):
                 callbacks.append(MemoryLedger())
             kwargs["callbacks"] = _without_repetition(callbacks)
         trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand in (None, "fit"):
+            self._check_forward_only(trainer)
         # Only where Lightning would use its default: other strategies and users bring their own.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = checkpoints.AtomicCheckpointIO()
         return trainer
 
+    def _check_forward_only(self, trainer: Trainer) -> None:
+        """Compare optimizer and strategy before weights go anywhere: gradients of a large model may not fit in memory.
+
+        Raises:
+            InvalidArgumentError: One of them needs gradients and the other makes none.
+        """
+        optimizer = _plain(self._get(self.config_init, "optimizer"))
+        replaced = any(isinstance(callback, QuantizeOptimizerStates) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if optimizer is None or replaced:  # then the strategy looks at the optimizer when it is there
+            return
+        name, strategy = optimizer["class_path"], type(trainer.strategy).__name__
+        needs_no_gradient = issubclass(late_optimizer.configured_class(optimizer), ForwardOnlyOptimizer)
+        makes_none = isinstance(trainer.strategy, ForwardOnlyMixin)
+        if needs_no_gradient and not makes_none:
+            raise InvalidArgumentError(
+                f"optimizer {name} takes no gradients, and strategy {strategy} would compute them: set trainer.strategy"
+                " to forward_only, or forward_only_ddp for several devices."
+            )
+        if makes_none and not needs_no_gradient:
+            raise InvalidArgumentError(
+                f"optimizer {name} needs gradients, and strategy {strategy} computes none: set optimizer to"
+                " lowbit_lightning.optim.FZOO or MeZO, or trainer.strategy to auto."
+            )
+
     def before_fit(self) -> None:
-        """Find what ``--ckpt_path last`` means and start the clock."""
+        """Find what ``--ckpt_path last`` or ``trusted`` means and start the clock."""
+        self._find_trusted_checkpoint()
         self._find_last_checkpoint()
         self.started = time.perf_counter()
 
     def before_validate(self) -> None:
-        """Find what ``--ckpt_path last`` means; here random weights are never what was asked for."""
+        """Find what ``--ckpt_path`` means; here random weights are never what was asked for."""
+        self._find_trusted_checkpoint()
         if not self._find_last_checkpoint():
             raise CheckpointError(
                 "--ckpt_path last: there is no last.ckpt of an earlier run where this configuration's logger writes. "
@@ -193,10 +225,27 @@ class LowBitCLI(LightningCLI):
         path = checkpoints.last_of_earlier_runs(self.trainer)
         if path is None:
             return False
+        self._continue_from(path)
+        return True
+
+    def _find_trusted_checkpoint(self) -> None:
+        """Replace ``trusted`` by the newest whole ``last-trusted.ckpt``."""
+        if self.config_init[self.subcommand]["ckpt_path"] != "trusted":
+            return
+        path = find_trusted(self.trainer)
+        if path is None:
+            raise CheckpointError(
+                "--ckpt_path trusted: there is no last-trusted.ckpt where this configuration's ModelCheckpoint or"
+                " logger writes. SpikeGuard makes one of the checkpoints of a run, after snapshot.min_age healthy"
+                " steps; for any other checkpoint use --ckpt_path last or give the file."
+            )
+        self._continue_from(path)
+
+    def _continue_from(self, path: Path) -> None:
+        options = self.config_init[self.subcommand]
         checkpoints.check_readable(path, weights_only=options["weights_only"] is not False)
         rank_zero_info(f"Continuing from {path}")
         options["ckpt_path"] = str(path)
-        return True
 
     def after_fit(self) -> None:
         """Print the summary, once for all ranks."""

@@ -137,7 +137,12 @@ def _with_total_steps(lr_scheduler: dict[str, Any], trainer: Trainer) -> dict[st
     return {**lr_scheduler, "init_args": {**init_args, "total_steps": int(total_steps)}}
 
 
+def configured_class(configured: dict[str, Any]) -> Any:
+    """The class that ``class_path`` names."""
+    module_name, class_name = configured["class_path"].rsplit(".", 1)
+    return getattr(__import__(module_name, fromlist=[class_name]), class_name)
+
+
 def _parameters(configured: dict[str, Any]) -> set[str]:
     """The names that the constructor of a configured class takes."""
-    module_name, class_name = configured["class_path"].rsplit(".", 1)
-    return set(inspect.signature(getattr(__import__(module_name, fromlist=[class_name]), class_name)).parameters)
+    return set(inspect.signature(configured_class(configured)).parameters)

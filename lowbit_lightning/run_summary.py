@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lowbit_lightning.optim import state_bytes
+from lowbit_lightning.optim.sharding import local
 
 ADAMW_BYTES_PER_PARAMETER = 8
 """Two fp32 moments: what torch.optim.AdamW keeps for a parameter in fp32."""
@@ -34,7 +35,9 @@ def summary(trainer: Trainer, module: LightningModule, seconds: float) -> str:
     if trainer.optimizers:
         names = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in trainer.optimizers))
         taken = sum(state_bytes(optimizer) for optimizer in trainer.optimizers)
-        adamw = ADAMW_BYTES_PER_PARAMETER * trainable
+        # Of a sharded model the states are those of this process, and so is what they are compared with.
+        owned = sum(local(parameter).numel() for parameter in module.parameters() if parameter.requires_grad)
+        adamw = ADAMW_BYTES_PER_PARAMETER * owned
         times = f", {adamw / taken:.1f} times smaller" if 0 < taken < adamw else ""
         rows.append(("optimizer", f"{names}, states {_size(taken)} (fp32 AdamW: {_size(adamw)}{times})"))
     for checkpoint in dict.fromkeys(
@@ -52,6 +55,8 @@ def summary(trainer: Trainer, module: LightningModule, seconds: float) -> str:
     metrics = trainer.callback_metrics
     if "val_bits_per_byte" in metrics:
         lines.append(f"validation bits per byte: {float(metrics['val_bits_per_byte']):.2f}")
+    elif "val_accuracy" in metrics:
+        lines.append(f"validation accuracy: {float(metrics['val_accuracy']):.1%}")
     elif "val_loss" in metrics:
         lines.append(f"validation loss: {float(metrics['val_loss']):.4f}")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 import errno
+import os
 import re
 import sys
 import types
@@ -323,6 +324,30 @@ def test_last_is_the_newest_of_the_earlier_runs(complete: dict[str, object], cap
     assert torch.load("lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_trusted_is_the_newest_whole_one_of_the_earlier_runs(
+    complete: dict[str, object], checkpoint: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write(complete)
+    folders = [Path(f"lightning_logs/version_{version}/checkpoints") for version in (0, 1)]
+    for version, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        path = folder / "last-trusted.ckpt"
+        path.write_bytes(checkpoint if version == 0 else checkpoint[:-100])  # the newer one is torn
+        os.utime(path, (version, version))
+    with pytest.warns(UserWarning, match=r"torn.*left out"):
+        assert main(["fit", "-c", run, "--trainer.max_steps=3", "--ckpt_path=trusted"]) == 0
+    assert f"Continuing from {Path('lightning_logs/version_0/checkpoints/last-trusted.ckpt').resolve()}" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_trusted_where_there_is_none_is_an_error(
+    complete: dict[str, object], verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "-c", write(complete), "--ckpt_path", "trusted"]) == 2
+    assert "--ckpt_path trusted: there is no last-trusted.ckpt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
 def test_torn_checkpoint_is_named_before_training(
     complete: dict[str, object], checkpoint: bytes, kept: float, capsys: pytest.CaptureFixture[str]
@@ -569,3 +594,25 @@ def test_a_scheduler_without_a_length_goes_on_after_every_epoch(late: dict[str, 
     scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}
     cli, _ = optimizer_of({**late, "lr_scheduler": scheduler})
     assert cli.trainer.lr_scheduler_configs[0].interval == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "strategy", "named"),
+    [
+        ("lowbit_lightning.optim.FZOO", "auto", "takes no gradients"),
+        ("torch.optim.AdamW", "forward_only", "needs gradients"),
+    ],
+)
+def test_optimizer_and_strategy_are_compared_before_anything_is_moved(
+    late: dict[str, object], optimizer: str, strategy: str, named: str
+) -> None:
+    late["optimizer"] = {"class_path": optimizer, "init_args": {"lr": 0.1}}
+    with pytest.raises(InvalidArgumentError, match=named):
+        instantiate(late, "--trainer.strategy", strategy)
+
+
+def test_an_optimizer_that_a_callback_replaces_is_left_to_the_strategy(complete: dict[str, object]) -> None:
+    callback = "lowbit_lightning.callbacks.QuantizeOptimizerStates"
+    complete["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
+    complete["trainer"] = {**TRAINER, "strategy": "forward_only", "callbacks": [{"class_path": callback}]}
+    assert instantiate(complete).trainer.strategy is not None

@@ -16,38 +16,10 @@ from torch.optim import Optimizer
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.optim import state_bytes
+from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.optim.state_memory import modelled_state_bytes, tensor_bytes
 
 MEGABYTE = 1_000_000  # bytes
-
-# Tensors of the parameter's shape and dtype that torch's own optimizers make in their first step.
-_STATE_TENSORS: dict[type[Optimizer], int] = {
-    torch.optim.Adam: 2,
-    torch.optim.AdamW: 2,
-    torch.optim.NAdam: 2,
-    torch.optim.RAdam: 2,
-    torch.optim.Adamax: 2,
-    torch.optim.Adadelta: 2,
-    torch.optim.RMSprop: 1,
-    torch.optim.SGD: 0,
-}
-# Group settings that add one tensor more when they are set.
-_EXTRA_TENSORS = ("amsgrad", "momentum", "centered")
-
-
-def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Returns the bytes of distinct tensors (tied ones count once); of a DTensor, those of the local shard."""
-    distinct = {id(tensor): tensor for tensor in tensors if tensor is not None}
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in distinct.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
-
-
-def modelled_state_bytes(optimizer: Optimizer, group: dict[str, Any]) -> int | None:
-    """Returns the bytes that the states of ``group`` will take, or None for an optimizer that is not torch's own."""
-    tensors = _STATE_TENSORS.get(type(optimizer))
-    if tensors is None:
-        return None
-    tensors += sum(bool(group.get(setting)) for setting in _EXTRA_TENSORS)
-    return tensors * tensor_bytes(param for param in group["params"] if param.requires_grad)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -84,12 +56,14 @@ def memory_rows(module: torch.nn.Module, optimizers: Sequence[Optimizer]) -> lis
     rows = [_row("weights", tensor_bytes(weights), weights, "measured")]
     if buffers := tensor_bytes(module.buffers()):
         rows.append(("buffers", f"{buffers / MEGABYTE:.3f}", "", "measured"))
-    rows.append(_row("gradients", tensor_bytes(trainable), trainable, "modelled: one for every trainable weight"))
+    if not optimizers or not all(isinstance(optimizer, ForwardOnlyOptimizer) for optimizer in optimizers):
+        rows.append(_row("gradients", tensor_bytes(trainable), trainable, "modelled: one for every trainable weight"))
     for name, optimizer, group in _named_groups(optimizers):
         measured = state_bytes(optimizer, group)
-        modelled = None if measured else modelled_state_bytes(optimizer, group)
-        if measured or modelled is not None:
-            rows.append(_row(name, measured or modelled or 0, group["params"], "measured" if measured else "modelled"))
+        is_known = measured > 0 or isinstance(optimizer, ForwardOnlyOptimizer)  # which never has any
+        modelled = None if is_known else modelled_state_bytes(optimizer, group)
+        if is_known or modelled is not None:
+            rows.append(_row(name, measured or modelled or 0, group["params"], "measured" if is_known else "modelled"))
         else:
             rows.append((name, "", "", "known after the first step"))
     return rows

@@ -21,6 +21,16 @@ WORKLOADS = {
     "1b-mix": "the tensors of a 1B Llama, scaled down to what fits into memory",
     "tiny": "2000 tiny tensors: norms, biases, LoRA factors",
 }
+#: Of ``bench guard``; the models are in :mod:`.bench_guard`.
+GUARD_WORKLOADS = {
+    "10m": "a Llama of 10M parameters",
+    "100m": "a Llama of 100M parameters, minutes on a CPU",
+}
+#: Of ``bench zo``; the models are in :mod:`.bench_zo`.
+ZO_WORKLOADS = {
+    "20m": "a Llama of 20M parameters, an hour on one CPU thread with all tokens and perturbations",
+    "2m": "a Llama of 2M parameters",
+}
 DEFAULT_WORKLOADS = {"cpu": ["10m", "tiny"], "cuda": list(WORKLOADS)}
 
 
@@ -32,21 +42,56 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     device = _one_of("--device", options.device, DEVICES)
-    dtype = _one_of("--dtype", options.dtype, DTYPES)
-    workloads = [_one_of("--workload", name, WORKLOADS) for name in options.workload or DEFAULT_WORKLOADS[device]]
+    known, default = {
+        "optim": (WORKLOADS, DEFAULT_WORKLOADS[device]),
+        "guard": (GUARD_WORKLOADS, ["10m"]),
+        "zo": (ZO_WORKLOADS, ["20m"]),
+    }[options.what]
+    workloads = list(dict.fromkeys(_one_of("--workload", name, known) for name in options.workload or default))
     for name, value in (("--repeats", options.repeats), ("--threads", options.threads)):
         if value is not None and value < 1:
             raise InvalidArgumentError(f"bench: {name} {value} is out of range: at least 1")
-    for name, path in (("--json", options.json), ("--plot", options.plot)):
+    for name in ("json", "plot"):
+        path = getattr(options, name, None)
         if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidArgumentError(f"bench: {name} {str(path)!r}: the folder does not exist; create it first")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise InvalidArgumentError(f"bench: --{name} {str(path)!r}: the folder does not exist; create it first")
+    if getattr(options, "plot", None) is not None and importlib.util.find_spec("matplotlib") is None:
         raise InvalidArgumentError("bench: --plot needs matplotlib: pip install matplotlib")
+    if options.what == "guard":
+        from lowbit_lightning.commands import bench_guard
+
+        return bench_guard.run(
+            device=device,
+            workloads=workloads,
+            repeats=options.repeats,
+            threads=options.threads,
+            json_file=options.json,
+        )
+    if options.what == "zo":
+        for name in ("tokens", "perturbations", "elements"):
+            values = getattr(options, name)
+            for value in values if isinstance(values, list) else [values]:
+                if value < 1:
+                    raise InvalidArgumentError(f"bench: --{name} {value} is out of range: at least 1")
+        from lowbit_lightning.commands import bench_zo
+
+        return bench_zo.run(
+            device=device,
+            workloads=workloads,
+            tokens=sorted(set(options.tokens)),
+            perturbations=sorted(set(options.perturbations)),
+            elements=options.elements,
+            repeats=options.repeats,
+            threads=options.threads,
+            json_file=options.json,
+            plot_file=options.plot,
+        )
+    dtype = _one_of("--dtype", options.dtype, DTYPES)
     from lowbit_lightning.commands import bench_optim
 
     return bench_optim.run(
         device=device,
-        workloads=list(dict.fromkeys(workloads)),
+        workloads=workloads,
         dtype=dtype,
         repeats=options.repeats,
         threads=options.threads,
@@ -66,7 +111,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in WORKLOADS.items()),
         allow_abbrev=False,
     )
-    optim.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     optim.add_argument(
         "--workload",
         nargs="+",
@@ -74,10 +118,38 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(WORKLOADS)}; by default 10m and tiny on a CPU, else all",
     )
     optim.add_argument("--dtype", default="fp32", help="of weights and gradients: fp32 (default) or bf16")
-    optim.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds of one step each (default 10)")
-    optim.add_argument("--threads", type=int, metavar="N", help="CPU threads, torch's own number by default")
-    optim.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with every single sample")
     optim.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios to torch's fused AdamW there (PNG)")
+    guard = verbs.add_parser(
+        "guard",
+        help="what SpikeMonitor and SpikeGuard's snapshots cost, in per cent of a training step",
+        description="Train a Llama on random tokens with both callbacks on and measure their share of each step.",
+        epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in GUARD_WORKLOADS.items()),
+        allow_abbrev=False,
+    )
+    guard.add_argument("--workload", nargs="+", metavar="NAME", help=f"{', '.join(GUARD_WORKLOADS)}; by default 10m")
+    zo = verbs.add_parser(
+        "zo",
+        help="forward-only steps in forward passes, sign passes and memory, against the published way",
+        description="Measure FZOO's steps, sequential and batched, against plain forward passes on the same batch.",
+        epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in ZO_WORKLOADS.items()),
+        allow_abbrev=False,
+    )
+    zo.add_argument("--workload", nargs="+", metavar="NAME", help=f"{', '.join(ZO_WORKLOADS)}; by default 20m")
+    zo.add_argument(
+        "--tokens", nargs="+", type=int, default=[16, 64, 256, 1024, 2048], metavar="T", help="tokens in a batch"
+    )
+    zo.add_argument(
+        "--perturbations", nargs="+", type=int, default=[1, 4, 8, 16], metavar="N", help="of a step (1 4 8 16)"
+    )
+    zo.add_argument(
+        "--elements", type=int, default=100_000_000, metavar="N", help="of the tensor for sign passes (default 10^8)"
+    )
+    zo.add_argument("--plot", type=Path, metavar="FILE", help="draw step time over forward passes there (PNG)")
+    for verb in (optim, guard, zo):
+        verb.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+        verb.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds of one step each (default 10)")
+        verb.add_argument("--threads", type=int, metavar="N", help="CPU threads, torch's own number by default")
+        verb.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with every single sample")
     return parser
 
 

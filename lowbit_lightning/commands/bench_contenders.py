@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lowbit_lightning.optim import SoloAdamW
+from lowbit_lightning.optim import MicroAdam, SoloAdamW, StableSPAM
 
 BASELINE = "torch fused"
 
@@ -60,6 +60,8 @@ CONTENDERS: dict[str, _Make] = {
     "SoloAdamW 8/8": _solo(8, 8),
     "SoloAdamW 4/2": _solo(4, 2),
     "SoloAdamW 2/2": _solo(2, 2),
+    "MicroAdam": lambda params: MicroAdam(params, _LR, weight_decay=_WEIGHT_DECAY),
+    "StableSPAM": lambda params: StableSPAM(params, _LR, weight_decay=_WEIGHT_DECAY),
 }
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Of the tensor that is read, and of the one that is written. Far larger than the caches that a step's data could stay
 # in: 50 MB on an H100. Server processors have more for all their cores together, hence warm steps are measured as well.
@@ -81,30 +79,6 @@ def _resident(key: str) -> int:
     if found is None:
         raise OSError(f"/proc/self/status has no {key}")
     return int(found[1]) * 1024
-
-
-def stored_bytes(state: object) -> int:
-    """Return the bytes of all memory behind the tensors in a nest of dicts and sequences, shared memory once.
-
-    Tensor subclasses (torchao's states) count with the tensors that they are made of.
-    """
-    storages: dict[tuple[str, int], int] = {}
-
-    def visit(value: object) -> None:
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            for entry in value:
-                visit(entry)
-        elif isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
-            names, _ = value.__tensor_flatten__()
-            visit([getattr(value, name) for name in names])
-        elif isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            storages[str(value.device), storage.data_ptr()] = storage.nbytes()
-
-    visit(state)
-    return sum(storages.values())
 
 
 def available_bytes(device: str) -> int | None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from lowbit_lightning.optim import state_bytes
+
 from .bench_contenders import UnavailableError, build, peers_silenced, reason
-from .bench_measure import seconds, stored_bytes, transient_bytes
+from .bench_measure import seconds, transient_bytes
 from .bench_workloads import DTYPES, Workload
 
 # Everything that optimizers keep compiled kernels in, so that each process starts without any.
@@ -70,10 +72,9 @@ def probe(name: str, workload: Workload, device: str, dtype: str) -> Probe:
             return Probe(reason=str(error))
         except Exception as error:
             return Probe(reason=reason(error))
-    state = [value for value in optimizer.state.values() if value]
     # The median: a page that some other thread touches for the first time is not the step's.
     known = [peak for peak in peaks if peak is not None]
-    return Probe(first, stored_bytes(state), int(median(known)) if known else None)
+    return Probe(first, state_bytes(optimizer), int(median(known)) if known else None)
 
 
 def main() -> None:

@@ -84,7 +84,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for position, workload in enumerate(workloads):
         axes = figure.add_subplot(len(workloads), 1, position + 1)
         rows = {name: row for name, row in workload["rows"].items() if row.get("ratio") is not None}
-        ours = ["tab:orange" if name.startswith("SoloAdamW") else "tab:blue" for name in rows]
+        ours = [
+            "tab:orange" if name.startswith(("SoloAdamW", "MicroAdam", "StableSPAM")) else "tab:blue" for name in rows
+        ]
         bars = axes.barh(list(rows), [row["ratio"] for row in rows.values()], color=ours)
         labels = [f"{row['ratio']:.2f}×, {row['state_bytes_per_parameter']:.2f} B" for row in rows.values()]
         axes.bar_label(bars, labels, padding=3)

@@ -7,28 +7,61 @@ difference names the first tensor that has one.
 """
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_lightning import kernels
-from lowbit_lightning.kernels import solo_triton
+from lowbit_lightning.kernels import (
+    micro_adam_cpu,
+    micro_adam_triton,
+    rademacher_cpu,
+    rademacher_triton,
+    solo_cpu,
+    solo_triton,
+)
+from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
 from lowbit_lightning.kernels.philox import block_calls, draw_16bit
+from lowbit_lightning.kernels.rademacher import (
+    UPDATE_SLOT,
+    Noise,
+    Update,
+    apply_update_reference,
+    matrix_shape,
+    perturbed_copy_reference,
+)
+from lowbit_lightning.kernels.rademacher_cpu import Pass
 from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
-from lowbit_lightning.kernels.solo_cpu import load_library, step_compiled
-from lowbit_lightning.kernels.solo_triton import step_triton
-from lowbit_lightning.optim import SoloAdamW
+from lowbit_lightning.optim import MicroAdam, SoloAdamW
+from lowbit_lightning.optim.base import LowBitOptimizer
 
 STEPS = 20
 SOLO_BITS = ((4, 2), (3, 2), (2, 2), (8, 8))
+MICRO_ADAM_SETTINGS: dict[str, dict[str, Any]] = {
+    "micro_adam": {},
+    "micro_adam auto": {"density": "auto", "error_rounding": "stochastic", "feedback": 0.125},
+}
+# Enough to tell whether the interpreter, which is slow, computes the same.
+_INTERPRETED = ("philox", "solo 4/2 float32", "micro_adam float32", "rademacher rank1 bfloat16")
 _DIGESTS = Path(kernels.__file__).with_name("digests.json")
 
-Step = Callable[[Sequence[SoloTensor]], list[bool]]
+
+@dataclass(frozen=True)
+class ComputePath:
+    """One way to make the steps: on which device, and by which function for each technique's tensors or passes."""
+
+    name: str
+    device: str
+    solo: Callable[[Sequence[SoloTensor]], list[bool]]
+    micro_adam: Callable[[Sequence[MicroAdamTensor]], list[bool]]
+    rademacher: Callable[[Pass], None]
 
 
 def numbers(rows: int, columns: int, stream: int, step: int) -> Tensor:
@@ -45,17 +78,26 @@ def digest(tensor: Tensor) -> str:
     ).hexdigest()
 
 
-def solo_digests(bits: tuple[int, int], dtype: torch.dtype, device: str, step_function: Step) -> dict[str, str]:
-    """Return the digest of the weights and of every state tensor after the fixed steps of :class:`SoloAdamW`."""
+def digests_after_steps(
+    build: Callable[..., LowBitOptimizer], dtype: torch.dtype, device: str, step: Callable[[Any], None]
+) -> dict[str, str]:
+    """Return the digest of the weights and of every state tensor after the fixed steps.
+
+    Args:
+        build: makes the optimizer, of named parameters.
+        dtype: of weights and gradients.
+        device: of all tensors.
+        step: makes a step with the optimizer.
+    """
     shapes = {"matrix": (8, 200), "vector": (1, 77)}
     params = {name: nn.Parameter(numbers(*shape, 1, 0).to(device, dtype)) for name, shape in shapes.items()}
     params["vector"] = nn.Parameter(params["vector"].detach()[0])
-    optimizer = SoloAdamW(params.items(), lr=2.0**-7, weight_decay=0.125, bits=bits, min_numel=0)
-    for step in range(1, STEPS + 1):
+    optimizer = build(params.items(), lr=2.0**-7, weight_decay=0.125, min_numel=0)
+    for number in range(1, STEPS + 1):
         for name, param in params.items():
-            param.grad = numbers(*shapes[name], 2, step).view(param.shape).to(device, dtype)
+            param.grad = numbers(*shapes[name], 2, number).view(param.shape).to(device, dtype)
         with torch.no_grad():
-            step_function(optimizer.gather()[1])
+            step(optimizer)
     found = {}
     for name, param in params.items():
         found[f"{name}.weight"] = digest(param)
@@ -63,31 +105,76 @@ def solo_digests(bits: tuple[int, int], dtype: torch.dtype, device: str, step_fu
     return found
 
 
-def paths() -> Iterator[tuple[str, str, Step]]:
-    """Yield (name, device, step function) of every path that this machine has."""
-    yield "reference, CPU", "cpu", _reference
-    library = load_library()
-    if library is not None:
-        yield "compiled, CPU", "cpu", lambda tensors: step_compiled(library, tensors)
+def rademacher_digests(rank1: bool, dtype: torch.dtype, path: ComputePath) -> dict[str, str]:
+    """Return the digest of a matrix and of its last perturbed copy after the fixed steps of two perturbations."""
+    param = numbers(8, 200, 1, 0).to(path.device, dtype)
+    out = torch.empty_like(param)
+    for step in range(STEPS):
+        noise = Noise(0, 1, 2, step, rank1)
+        for index in range(2):
+            path.rademacher(Pass(param, out, (1.0, -(2.0**-10)), noise, 1 + index, index, *matrix_shape(param)))
+        factors = 1 - 2.0**-10, 2.0**-9, -(2.0**-11)
+        path.rademacher(Pass(param, param, factors, noise, UPDATE_SLOT, 0, *matrix_shape(param)))
+    return {"weight": digest(param), "perturbed": digest(out)}
+
+
+def rademacher_reference(one: Pass) -> None:
+    """Make a pass by the references."""
+    if one.slot == UPDATE_SLOT:
+        apply_update_reference(Update(one.source, one.noise, tuple(one.factors[1:]), one.factors[0]))
+    else:
+        perturbed_copy_reference(one.source, -one.factors[1], one.noise, one.first_index, one.out)
+
+
+def paths() -> Iterator[ComputePath]:
+    """Yield every path that this machine has."""
+    reference = _each(solo_step_reference), _each(micro_adam_step_reference), rademacher_reference
+    triton = solo_triton.step_triton, micro_adam_triton.step_triton, rademacher_triton.launch
+    yield ComputePath("reference, CPU", "cpu", *reference)
+    solo, micro_adam = solo_cpu.load_library(), micro_adam_cpu.load_library()
+    signs = rademacher_cpu.load_library()
+    if solo is not None and micro_adam is not None and signs is not None:
+        compiled = partial(solo_cpu.step_compiled, solo), partial(micro_adam_cpu.step_compiled, micro_adam)
+        yield ComputePath("compiled, CPU", "cpu", *compiled, lambda one: rademacher_cpu.run_compiled(signs, [one]))
     if torch.cuda.is_available():
-        yield "reference, CUDA", "cuda", _reference
-        yield "Triton, CUDA", "cuda", step_triton
+        yield ComputePath("reference, CUDA", "cuda", *reference)
+        yield ComputePath("Triton, CUDA", "cuda", *triton)
     elif solo_triton.is_available() and os.environ.get("TRITON_INTERPRET") == "1":
-        yield "Triton, interpreted", "cpu", step_triton
+        yield ComputePath("Triton, interpreted", "cpu", *triton)
 
 
-def _reference(tensors: Sequence[SoloTensor]) -> list[bool]:
-    return [solo_step_reference(tensor) for tensor in tensors]
+def _each(step: Callable[[Any], bool]) -> Callable[[Sequence[Any]], list[bool]]:
+    return lambda tensors: [step(tensor) for tensor in tensors]
 
 
-def cases(device: str, step_function: Step) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (technique and settings, digests by tensor) of every case."""
-    calls = block_calls(2**32 - 2, 4, 16, torch.device(device))
-    yield "philox", {"draws": digest(draw_16bit(1, 2, 3, calls))}
-    for first, second in SOLO_BITS:
+def cases(path: ComputePath) -> Iterator[tuple[str, Callable[[], dict[str, str]]]]:
+    """Yield technique and settings of every case, and what returns its digests by tensor."""
+
+    def step_solo(optimizer: SoloAdamW) -> None:
+        path.solo(optimizer.gather()[1])
+
+    def step_micro_adam(optimizer: MicroAdam) -> None:
+        compressed, plain = optimizer.gather()
+        path.micro_adam([tensor for _, tensor in compressed])
+        path.solo([tensor for _, tensor in plain])
+
+    yield (
+        "philox",
+        lambda: {"draws": digest(draw_16bit(1, 2, 3, block_calls(2**32 - 2, 4, 16, torch.device(path.device))))},
+    )
+    small = {"window": 3, "density": 0.05, "topk_block": 512, "error_block": 64}
+    builds: dict[str, Callable[..., LowBitOptimizer]]
+    builds = {f"solo {first}/{second}": partial(SoloAdamW, bits=(first, second)) for first, second in SOLO_BITS}
+    builds |= {name: partial(MicroAdam, **(small | settings)) for name, settings in MICRO_ADAM_SETTINGS.items()}
+    for name, build in builds.items():
+        step: Callable[[Any], None] = step_solo if name.startswith("solo") else step_micro_adam
         for dtype in (torch.float32, torch.bfloat16):
-            name = f"solo {first}/{second} {str(dtype).removeprefix('torch.')}"
-            yield name, solo_digests((first, second), dtype, device, step_function)
+            case = f"{name} {str(dtype).removeprefix('torch.')}"
+            yield case, partial(digests_after_steps, build, dtype, path.device, step)
+    for signs, rank1 in (("full", False), ("rank1", True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = f"rademacher {signs} {str(dtype).removeprefix('torch.')}"
+            yield case, partial(rademacher_digests, rank1, dtype, path)
 
 
 def first_difference(found: dict[str, str], expected: dict[str, str]) -> str | None:
@@ -99,13 +186,15 @@ def run() -> int:
     """Compare every path with the committed digests and print a line for each case; 1 if anything differs."""
     expected: dict[str, dict[str, str]] = json.loads(_DIGESTS.read_text())
     different = 0
-    for path, device, step_function in paths():
-        interpreted = path == "Triton, interpreted"
-        print(f"{path} (one case of SOLO: it is slow)" if interpreted else path)
-        for name, found in itertools.islice(cases(device, step_function), 2 if interpreted else None):
-            tensor = first_difference(found, expected.get(name, {}))
+    for path in paths():
+        interpreted = path.name == "Triton, interpreted"
+        print(f"{path.name} (some cases only: it is slow)" if interpreted else path.name)
+        for name, digests in cases(path):
+            if interpreted and name not in _INTERPRETED:
+                continue
+            tensor = first_difference(digests(), expected.get(name, {}))
             different += tensor is not None
-            print(f"  {name:<20} {'same' if tensor is None else f'DIFFERS, first in {tensor}'}", flush=True)
+            print(f"  {name:<24} {'same' if tensor is None else f'DIFFERS, first in {tensor}'}", flush=True)
     if different:
         print(f"{different} cases differ: please report this with the output of `lowbit-lightning doctor`.")
         return 1
@@ -114,4 +203,5 @@ def run() -> int:
 
 
 if __name__ == "__main__":  # `make digests`, after a change that is meant to change results
-    _DIGESTS.write_text(json.dumps(dict(cases("cpu", _reference)), indent=1) + "\n")
+    made = {name: digests() for name, digests in cases(next(paths()))}
+    _DIGESTS.write_text(json.dumps(made, indent=1) + "\n")

@@ -1,7 +1,9 @@
-"""Text for the recipes: data modules that pack documents into windows, and a loader that resumes at any batch."""
+"""Text for the recipes: documents packed into windows, labelled texts, and a loader that resumes at any batch."""
 
+from lowbit_lightning.data.docstring_topics import DocstringTopics
+from lowbit_lightning.data.labeled_text import LabeledText
 from lowbit_lightning.data.python_source import PythonSource
 from lowbit_lightning.data.resumable import ResumableDataLoader
 from lowbit_lightning.data.text_files import TextFiles
 
-__all__ = ["PythonSource", "ResumableDataLoader", "TextFiles"]
+__all__ = ["DocstringTopics", "LabeledText", "PythonSource", "ResumableDataLoader", "TextFiles"]

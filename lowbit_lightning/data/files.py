@@ -1,14 +1,16 @@
-"""Documents out of text files, one at a time: globs, four formats, and errors that name file, line and cure.
+"""Documents and rows out of files, one at a time: globs, five formats, and errors that name file, line and cure.
 
 A ``.txt`` or ``.md`` file is one document; a ``.jsonl`` file has one per line and a ``.parquet`` file one per row, in a
-field or column that the user names. Everything here is lazy: no more than one document (or one batch of parquet rows)
-is in memory at a time.
+field or column that the user names. Rows of several fields come from ``.csv`` too. Everything here is lazy: no more
+than one document (or one batch of parquet rows) is in memory at a time.
 """
 
+import csv
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from lowbit_lightning.errors import CorpusError
 
@@ -18,19 +20,27 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 PARQUET_ROWS = 256
 
 
-def find_files(patterns: Sequence[str], argument: str) -> list[str]:
+class Cell(NamedTuple):
+    """A value and where it stands, for messages."""
+
+    value: object
+    place: str
+
+
+def find_files(patterns: Sequence[str], argument: str, suffixes: Sequence[str] = SUFFIXES) -> list[str]:
     """All files that match the glob patterns: sorted, each once, of a known format.
 
     Args:
         patterns: Globs or paths; ``**`` goes into subfolders and ``~`` is the home folder.
         argument: Name of the argument that holds the patterns, for messages.
+        suffixes: The formats that will do.
 
     Raises:
         CorpusError: There are no patterns, one matches no file, or a file's format is unknown.
     """
     if not patterns:
         raise CorpusError(
-            f"{argument} is empty: give at least one file or glob, such as {argument}: ['corpus/**/*.txt']."
+            f"{argument} is empty: give at least one file or glob, such as {argument}: ['corpus/**/*{suffixes[0]}']."
         )
     found: set[str] = set()
     for pattern in patterns:
@@ -38,16 +48,16 @@ def find_files(patterns: Sequence[str], argument: str) -> list[str]:
         files = [path for path in matches if not os.path.isdir(path)]
         if not files:
             hint = (
-                f"it matches only folders; to read what is in them write '{pattern.rstrip('/')}/**/*.txt'"
+                f"it matches only folders; to read what is in them write '{pattern.rstrip('/')}/**/*{suffixes[0]}'"
                 if matches
                 else f"check the spelling; relative paths start at {os.getcwd()}"
             )
             raise CorpusError(f"{argument}: no file matches '{pattern}': {hint}.")
         found.update(os.path.normpath(path) for path in files)
     for path in sorted(found):
-        if _suffix(path) not in SUFFIXES:
+        if _suffix(path) not in suffixes:
             raise CorpusError(
-                f"{argument}: '{path}' is of an unknown format. Known suffixes: {', '.join(SUFFIXES)}. "
+                f"{argument}: '{path}' is of an unknown format. Known suffixes: {', '.join(suffixes)}. "
                 "Rename the file or narrow the glob."
             )
     return sorted(found)
@@ -65,12 +75,13 @@ def read_documents(path: str, field: str, max_text_bytes: int | None = None) -> 
     Raises:
         CorpusError: The file cannot be read, or a line or column is not as described.
     """
+    documents: Iterator[bytes]
     try:
         match _suffix(path):
             case ".jsonl":
-                documents = _read_jsonl(path, field)
+                documents = (text_of(cell, "field") for (cell,) in _read_jsonl(path, {"field": field}))
             case ".parquet":
-                documents = _read_parquet(path, field)
+                documents = (text_of(cell, "field") for (cell,) in _read_parquet(path, {"field": field}))
             case _:
                 documents = _read_text(path, max_text_bytes)
         yield from (document for document in documents if document)
@@ -88,26 +99,69 @@ def _read_text(path: str, max_bytes: int | None) -> Iterator[bytes]:
             yield part + file.readline(max_bytes)
 
 
-def _read_jsonl(path: str, field: str) -> Iterator[bytes]:
+def read_rows(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
+    """The rows of a .csv (with a line of names), .jsonl or .parquet file, each as the cells of the fields asked for.
+
+    Args:
+        path: The file.
+        fields: Field or column to read, by the name of the argument that says so.
+
+    Raises:
+        CorpusError: The file cannot be read, or a line or column is not as described.
+    """
+    try:
+        match _suffix(path):
+            case ".csv":
+                yield from _read_csv(path, fields)
+            case ".jsonl":
+                yield from _read_jsonl(path, fields)
+            case _:
+                yield from _read_parquet(path, fields)
+    except OSError as error:
+        raise CorpusError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+
+
+def _read_csv(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            names = next(rows, [])
+            _check_names(f"'{path}': no column", "Columns", names, fields)
+            positions = [names.index(field) for field in fields.values()]
+            for row in rows:
+                place = f"{path}:{rows.line_num}"
+                if row and len(row) != len(names):
+                    raise CorpusError(
+                        f"{place}: {len(row)} values, but line 1 names {len(names)} columns. "
+                        "Put values with commas or line ends in double quotes."
+                    )
+                if row:
+                    yield [Cell(row[at], f"{place}: column '{names[at]}'") for at in positions]
+        except csv.Error as error:
+            raise CorpusError(f"{path}:{rows.line_num}: not CSV ({error}).") from error
+
+
+def _read_jsonl(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.decode("utf-8-sig", errors="replace").strip()
             if not text:
                 continue
+            place = f"{path}:{number}"
             try:
                 record = json.loads(text)
             except ValueError as error:
                 raise CorpusError(
-                    f"{path}:{number}: not JSON ({error}). A .jsonl file has one JSON object per line."
+                    f"{place}: not JSON ({error}). A .jsonl file has one JSON object per line."
                 ) from error
             if not isinstance(record, dict):
-                raise CorpusError(f"{path}:{number}: expected a JSON object with the field '{field}', got {text[:40]}")
-            if field not in record:
-                raise CorpusError(f"{path}:{number}: no field '{field}'. {_name_them('Fields', list(record))}")
-            yield _text_of(record[field], f"{path}:{number}: field '{field}'")
+                wanted = " and ".join(f"'{field}'" for field in fields.values())
+                raise CorpusError(f"{place}: expected a JSON object with the field {wanted}, got {text[:40]}")
+            _check_names(f"{place}: no field", "Fields", list(record), fields)
+            yield [Cell(record[field], f"{place}: field '{field}'") for field in fields.values()]
 
 
-def _read_parquet(path: str, field: str) -> Iterator[bytes]:
+def _read_parquet(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -115,32 +169,41 @@ def _read_parquet(path: str, field: str) -> Iterator[bytes]:
         raise CorpusError(f"'{path}' is a parquet file, which needs pyarrow: pip install pyarrow.") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if field not in columns:
-                raise CorpusError(f"'{path}': no column '{field}'. {_name_them('Columns', columns)}")
+            _check_names(f"'{path}': no column", "Columns", file.schema_arrow.names, fields)
             row = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _text_of(value, f"'{path}': row {row} of column '{field}'")
-                    row += 1
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=sorted(set(fields.values()))):
+                columns = [(field, batch.column(field).to_pylist()) for field in fields.values()]
+                for at in range(batch.num_rows):
+                    yield [
+                        Cell(values[at], f"'{path}': row {row + at} of column '{field}'") for field, values in columns
+                    ]
+                row += batch.num_rows
     except pyarrow.ArrowInvalid as error:
         raise CorpusError(f"'{path}' is not a readable parquet file: {error}.") from error
 
 
-def _text_of(value: object, place: str) -> bytes:
+def text_of(cell: Cell, argument: str) -> bytes:
+    """The text in a cell, nothing for null.
+
+    Raises:
+        CorpusError: It is no text. ``argument`` is the one that names the field.
+    """
+    value, place = cell
     if value is None:
         return b""
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise CorpusError(f"{place} is of type {type(value).__name__}, not text. Name another one with `field`.")
+        raise CorpusError(f"{place} is of type {type(value).__name__}, not text. Name another one with `{argument}`.")
     # JSON can spell half a surrogate pair, which UTF-8 cannot.
     return value.encode("utf-8", errors="replace")
 
 
-def _name_them(what: str, names: list[str]) -> str:
-    listed = ", ".join(f"'{name}'" for name in names) or "none"
-    return f"{what} there: {listed}. Name the one with the text with `field`."
+def _check_names(missing: str, what: str, names: Sequence[str], fields: Mapping[str, str]) -> None:
+    for argument, field in fields.items():
+        if field not in names:
+            listed = ", ".join(f"'{name}'" for name in names) or "none"
+            raise CorpusError(f"{missing} '{field}'. {what} there: {listed}. Name the right one with `{argument}`.")
 
 
 def _suffix(path: str) -> str:

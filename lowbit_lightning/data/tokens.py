@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lowbit_lightning.data.packing import ByteCounts, EncodedDocument, compact_dtype
 from lowbit_lightning.errors import InvalidArgumentError
+from lowbit_lightning.pretrained import locate
 
 # Documents per call of a tokenizer: enough to keep its threads busy, few enough to hold in memory.
 TOKENIZER_BATCH = 64
@@ -68,23 +69,14 @@ class PretrainedTokens:
     forge a boundary.
 
     Args:
-        name_or_path: What ``AutoTokenizer.from_pretrained`` takes.
+        name_or_path: What :func:`load_tokenizer` takes.
 
     Raises:
         InvalidArgumentError: The tokenizer cannot be loaded, or has no token that could end a document.
     """
 
     def __init__(self, name_or_path: str) -> None:
-        # Costs seconds, and byte-level corpora do without it.
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError, KeyError) as error:
-            raise InvalidArgumentError(
-                f"tokenizer={name_or_path!r} cannot be loaded: {_first_line(error)}. Give 'bytes', the folder of a "
-                "saved Hugging Face tokenizer, or a name on the Hugging Face hub (which needs a connection or a cache)."
-            ) from error
+        self._tokenizer: Any = load_tokenizer(name_or_path)
         ends = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id, self._tokenizer.bos_token_id)
         boundary = next((token for token in ends if token is not None), None)
         if boundary is None:
@@ -151,6 +143,30 @@ def bytes_per_token(text: str, offsets: Sequence[tuple[int, int]]) -> ByteCounts
 def load_tokens(name: str) -> Tokens:
     """``"bytes"``, or a Hugging Face tokenizer by path or name."""
     return ByteTokens() if name == "bytes" else PretrainedTokens(name)
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """A Hugging Face tokenizer.
+
+    Args:
+        name_or_path: What ``AutoTokenizer.from_pretrained`` takes, or ``package:NAME``, see
+            :mod:`lowbit_lightning.pretrained`.
+
+    Raises:
+        InvalidArgumentError: It cannot be loaded.
+    """
+    # Costs seconds, and byte-level corpora do without it.
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(locate(name_or_path, "tokenizer"))
+    except InvalidArgumentError:
+        raise  # a ValueError too
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidArgumentError(
+            f"tokenizer={name_or_path!r} cannot be loaded: {_first_line(error)}. Give 'bytes', the folder of a "
+            "saved Hugging Face tokenizer, or a name on the Hugging Face hub (which needs a connection or a cache)."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lowbit_lightning.errors import InvalidArgumentError
+from lowbit_lightning.models.hugging_face import load_model
 from lowbit_lightning.models.language_metrics import LanguageModelMetrics
 
 _IGNORED = -100  # the label that Hugging Face data uses for tokens not to be predicted
@@ -28,7 +29,8 @@ class CausalLM(LightningModule):
     Args:
         config: a Hugging Face configuration to train from scratch: ``model_type`` (llama, gpt2, mistral, ...) and any
             of that architecture's settings.
-        pretrained: path or hub name of pretrained weights, instead of ``config``.
+        pretrained: pretrained weights instead of ``config``: a folder, a hub name, or ``package:NAME`` for those in an
+            installed Python package.
         attn_implementation: which attention kernel the model uses.
         gradient_checkpointing: recompute activations in backward instead of keeping them.
         max_new_tokens: length of a continuation made by ``predict``.
@@ -48,17 +50,8 @@ class CausalLM(LightningModule):
         temperature: float = 0.8,
     ) -> None:
         super().__init__()
-        if (config is None) == (pretrained is None):
-            raise InvalidArgumentError(
-                f"config={config!r}, pretrained={pretrained!r}: give exactly one of them, a configuration to train "
-                "from scratch or the path or name of pretrained weights"
-            )
         self.save_hyperparameters()
-        self.model = (
-            _from_config(config, attn_implementation)
-            if config is not None
-            else _from_pretrained(str(pretrained), attn_implementation)
-        )
+        self.model: Any = load_model(AutoModelForCausalLM, config, pretrained, attn_implementation)
         self.model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes as they are
         if gradient_checkpointing:
             # transformers renamed it in the course of version 5.
@@ -136,7 +129,8 @@ class CausalLM(LightningModule):
         self._tokens_seen += batch["input_ids"].numel() * self.trainer.world_size
         stepped = self.trainer.global_step != self._last_step  # not within a window of accumulation
         self._last_step = self.trainer.global_step
-        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and every > 0 and self.trainer.global_step % every == 0:  # 0 is never
             self.log("tokens_per_second", self._tokens_seen / (time.perf_counter() - self._clock))
             self._tokens_seen = 0
 
@@ -172,23 +166,3 @@ class CausalLM(LightningModule):
         for text in texts:
             self.print(f"{'─' * 80}\n{text}")
         return texts
-
-
-def _from_config(config: dict[str, Any], attn_implementation: str) -> Any:
-    try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attn_implementation)
-    except (TypeError, ValueError, ImportError, AttributeError) as error:
-        raise InvalidArgumentError(f"config={config!r} makes no causal language model: {error}") from error
-
-
-def _from_pretrained(pretrained: str, attn_implementation: str) -> Any:
-    try:
-        # fp32 whatever the files hold: the Trainer's precision decides what training runs in.
-        return AutoModelForCausalLM.from_pretrained(
-            pretrained, attn_implementation=attn_implementation, dtype=torch.float32
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise InvalidArgumentError(
-            f"pretrained={pretrained!r} cannot be loaded: {error}. Give a folder written by save_pretrained, "
-            "or a hub name while the hub can be reached"
-        ) from error

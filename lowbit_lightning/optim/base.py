@@ -6,6 +6,7 @@ uint8 codes of a bf16 model would come back as bf16. Here state is loaded as it 
 
 State is plain tensors, everything else that a run needs to continue is in ``param_groups``, and nothing is kept on the
 object: deepcopy, pickle, ``torch.load(weights_only=True)`` and asynchronous checkpointing work as for any optimizer.
+The state of a DTensor is DTensors, see :mod:`.sharding`; a whole state is loaded into shards and the other way round.
 """
 
 from collections.abc import Iterator
@@ -14,24 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit_lightning.errors import CheckpointError
+from lowbit_lightning.optim.sharding import placed_like
 
 ParamGroup = dict[str, Any]
 State = dict[str, Tensor]
 
 
 def state_bytes(optimizer: Optimizer, group: ParamGroup | None = None) -> int:
-    """Return the bytes of all state tensors of any torch optimizer, or of one of its ``param_groups``.
+    """Return the bytes behind all state tensors of any torch optimizer, or of one of its ``param_groups``.
 
-    A DTensor counts its local shard. State that does not exist yet (before the first step) counts nothing.
+    Memory that several tensors share counts once. A tensor subclass counts with the tensors that it is made of:
+    torchao's with its codes and scales, a DTensor with its local shard. State that does not exist yet (before the
+    first step) counts nothing.
     """
+    storages: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, dict | list | tuple):
+            for entry in value.values() if isinstance(value, dict) else value:
+                visit(entry)
+        elif isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            visit([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()  # no address: that of every meta tensor is 0
+
     params = optimizer.state.keys() if group is None else group["params"]
-    tensors = [
-        value for param in params for value in optimizer.state.get(param, {}).values() if isinstance(value, Tensor)
-    ]
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+    visit([optimizer.state.get(param, {}) for param in params])
+    return sum(storages.values())
 
 
 class LowBitOptimizer(Optimizer):
@@ -55,7 +69,11 @@ class LowBitOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def new_state(self, group: ParamGroup, name: str, param: Tensor, device: torch.device) -> State:
-        """Return the state of ``param`` before its first step, allocated on ``device``."""
+        """Return the state of ``param`` before its first step, allocated on ``device``.
+
+        What has the parameter's leading dimension comes from :func:`.sharding.zeros_beside`, and eligibility is decided
+        on the global shape, which is the ``shape`` of a DTensor.
+        """
         raise NotImplementedError
 
     def convert_state(self, group: ParamGroup, name: str, param: Tensor, saved: State) -> State | None:
@@ -81,6 +99,14 @@ class LowBitOptimizer(Optimizer):
             if param.requires_grad and not self.state[param]:
                 self.state[param].update(self.new_state(group, name, param, param.device))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; counts that live on a device become integers."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if "nonfinite_skips" in group:
+                group["nonfinite_skips"] = int(group["nonfinite_skips"])
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping every dtype.
 
@@ -97,6 +123,7 @@ class LowBitOptimizer(Optimizer):
                 f"the checkpoint's optimizer has parameter groups of {saved_counts} tensors, this run's has "
                 f"{own_counts}: resume with the model and the optimizer settings that the checkpoint was made with"
             )
+        groups = [_with_tuples(saved, own) for saved, own in zip(groups, self.param_groups, strict=True)]
         for position, (own, saved) in enumerate(zip(self.param_groups, groups, strict=True)):
             self._check_layout(position, own, saved)
 
@@ -136,10 +163,27 @@ class LowBitOptimizer(Optimizer):
         return {
             # torch keeps step counters on the CPU; all else lives beside the parameter.
             # Contiguous, as new_state makes it: the state of a channels_last parameter may come otherwise.
-            key: value.detach().to("cpu" if key == "step" else param.device, copy=True).contiguous()
+            key: placed_like(value.detach(), expected[key], torch.device("cpu") if key == "step" else param.device)
             for key, value in saved.items()
         }
 
 
+def _with_tuples(saved: Any, own: Any) -> Any:
+    """Return ``saved`` with tuples where ``own`` has them: distributed checkpointing turns some into lists."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        return {key: _with_tuples(value, own.get(key)) for key, value in saved.items()}
+    return tuple(saved) if isinstance(saved, list) and isinstance(own, tuple) else saved
+
+
 def _layout(state: State) -> dict[str, tuple[Any, ...]]:
     return {key: (str(value.dtype).removeprefix("torch."), *value.shape) for key, value in sorted(state.items())}
+
+
+def device_skips(group: ParamGroup, param: Tensor) -> Tensor | None:
+    """Return the group's ``nonfinite_skips`` as the device counter that a kernel adds to, None for the CPU."""
+    if not param.is_cuda:
+        return None
+    if not isinstance(group["nonfinite_skips"], Tensor):
+        group["nonfinite_skips"] = torch.tensor(group["nonfinite_skips"], device=param.device)
+    counter: Tensor = group["nonfinite_skips"]
+    return counter if counter.device == param.device else None

@@ -3,11 +3,13 @@
 Differences from the authors' code: states are plain tensors that survive saving and loading, 3-bit codes take 3 bits,
 blocks never cross rows (so precision does not depend on how a tensor is sharded), blocks with many zeros are decoded
 correctly, noise is a function of (seed, parameter name, step) so that a resumed run is bit-exact, bf16 weights are
-rounded stochastically, and β₁ is adjusted to the bits by default.
+rounded stochastically, and β₁ is adjusted to the bits by default. With FSDP2 every process steps its own rows, to the
+same bits as a single process would.
 """
 
+import math
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -17,8 +19,10 @@ from torch.optim.optimizer import ParamsT
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.dynamic import dynamic_resolution
+from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
 from lowbit_lightning.kernels.philox import stream_id
 from lowbit_lightning.kernels.solo import (
+    Part,
     SoloHyperparameters,
     SoloTensor,
     dequantize_moments,
@@ -26,7 +30,16 @@ from lowbit_lightning.kernels.solo import (
     row_bytes,
     solo_step,
 )
-from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State
+from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
+from lowbit_lightning.optim.sharding import (
+    agreed_gradients,
+    cut_dimensions,
+    is_dtensor,
+    local,
+    part,
+    placed_like,
+    zeros_beside,
+)
 
 _BITS = (2, 3, 4, 8, 32)
 _SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +66,9 @@ class SoloAdamW(LowBitOptimizer):
     Use it wherever AdamW is used. Expect the least from it on embeddings whose rows are rarely hit: keep those at
     8 bits through ``overrides`` (which needs named parameters: pass ``model.named_parameters()``).
 
+    Parameters may be divided among processes by FSDP2's ``fully_shard`` or along their first dimension by tensor
+    parallelism. Those divided along another dimension need ``bits`` of (32, 32).
+
     Args:
         params: parameters, named parameters or parameter groups, as for every torch optimizer.
         lr: learning rate; a float, or a one-element tensor that a scheduler changes in place.
@@ -65,7 +81,7 @@ class SoloAdamW(LowBitOptimizer):
         reference_bits: the first moment may be as noisy as this many bits are at the β₁ asked for; 2 to 8, or null
             to leave β₁ alone.
         stochastic_rounding: round the second moment stochastically; without it a decay near 1 never shows.
-        bf16_stochastic_rounding: write bf16 weights with stochastic rounding instead of to nearest.
+        bf16_stochastic_rounding: write bf16 and fp16 weights with stochastic rounding instead of to nearest.
         min_numel: tensors with fewer elements keep fp32 states, as do vectors and rows narrower than 64.
         overrides: settings by parameter-name pattern, for example ``{"*embed*": {"bits": [8, 8]}}``; the first
             pattern that matches wins.
@@ -76,7 +92,8 @@ class SoloAdamW(LowBitOptimizer):
         maximize: ascend instead of descend.
 
     Raises:
-        InvalidArgumentError: an argument is outside its range; a ValueError that names argument, value and range.
+        InvalidArgumentError: an argument is outside its range; a ValueError that names argument, value and range. Or
+            the blocks of a parameter, which is named, would be divided among processes.
     """
 
     _plans: list["_GroupPlan"]
@@ -123,7 +140,7 @@ class SoloAdamW(LowBitOptimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group, its settings checked."""
+        """Add a group, its settings and the sharding of its parameters checked."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["bits"], group["betas"] = tuple(group["bits"]), tuple(group["betas"])
@@ -140,59 +157,88 @@ class SoloAdamW(LowBitOptimizer):
                 raise InvalidArgumentError(
                     "params: SoloAdamW takes real parameters, got a complex one; use view_as_real"
                 )
+        if any(map(is_dtensor, group["params"])):
+            for own, name, param in self.named_params():
+                if own is group:
+                    self._check_sharding(group, name, param)
+
+    def _check_sharding(self, group: ParamGroup, name: str, param: Tensor) -> None:
+        part(param, name)
+        cut = cut_dimensions(param)
+        if cut and self.settings(group, name, param)["bits"] != (32, 32):
+            raise InvalidArgumentError(
+                f"parameter {name!r} of shape {tuple(param.shape)} is divided among processes along dimension "
+                f"{cut[0]}, which would cut the blocks of its low-bit states: divide it along dimension 0 (as "
+                "fully_shard and ColwiseParallel do), or keep its states in fp32 with "
+                f"overrides={{{name!r}: {{'bits': [32, 32]}}}}"
+            )
 
     def settings(self, group: ParamGroup, name: str, param: Tensor) -> ParamGroup:
         """Return the group's settings with this parameter's overrides, and (32, 32) bits where it stays in fp32."""
         override: ParamGroup = next((s for pattern, s in group["overrides"].items() if fnmatch(name, pattern)), {})
         settings = group | override
-        if param.ndim < 2 or param.numel() < settings["min_numel"] or _matrix_shape(param)[1] < _MIN_COLUMNS:
+        if param.ndim < 2 or param.numel() < settings["min_numel"] or _matrix_shape(param.shape)[1] < _MIN_COLUMNS:
             settings["bits"] = (32, 32)
         return settings
 
     def new_state(self, group: ParamGroup, name: str, param: Tensor, device: torch.device) -> State:
         """Return zero moments, see :mod:`lowbit_lightning.kernels.solo` for the tensors."""
         settings = self.settings(group, name, param)
-        (rows, columns), block_size = _matrix_shape(param), settings["block_size"]
+        (rows, columns), block_size = _matrix_shape(param.shape), settings["block_size"]
         blocks, scale_dtype = -(-columns // block_size), _SCALE_DTYPES[settings["scale_dtype"]]
         # On CUDA it is the kernel that counts, so that the host need not wait to know which steps are skipped.
         counter_device = device if device.type == "cuda" else torch.device("cpu")
         state = {"step": torch.zeros((), dtype=torch.float32, device=counter_device)}
         for key, bits in zip(("exp_avg", "exp_avg_sq"), settings["bits"], strict=True):
             if bits == 32:
-                state[key] = torch.zeros(param.shape, dtype=torch.float32, device=device)
+                state[key] = zeros_beside(param, param.shape, torch.float32, device)
                 continue
             packed = row_bytes(columns, block_size, bits)
-            state[f"{key}_codes"] = torch.zeros(rows, packed, dtype=torch.uint8, device=device)
-            state[f"{key}_scale"] = torch.zeros(rows, blocks, dtype=scale_dtype, device=device)
+            state[f"{key}_codes"] = zeros_beside(param, (rows, packed), torch.uint8, device)
+            state[f"{key}_scale"] = zeros_beside(param, (rows, blocks), scale_dtype, device)
         if "exp_avg_sq_codes" in state:
-            state["exp_avg_sq_log2_base"] = torch.zeros(rows, blocks, dtype=scale_dtype, device=device)
+            state["exp_avg_sq_log2_base"] = zeros_beside(param, (rows, blocks), scale_dtype, device)
         return state
 
     def convert_state(self, group: ParamGroup, name: str, param: Tensor, saved: State) -> State | None:
         """Quantize the state of a torch Adam or AdamW."""
-        if set(saved) != {"step", "exp_avg", "exp_avg_sq"} or saved["exp_avg"].shape != param.shape:
+        # A whole state that distributed checkpointing loads comes with this optimizer's own empty tensors beside it.
+        theirs, own = {"step", "exp_avg", "exp_avg_sq"}, self.new_state(group, name, param, torch.device("meta"))
+        if not theirs <= set(saved) <= theirs | set(own) or saved["exp_avg"].shape != param.shape:
             return None
         settings = self.settings(group, name, param)
         state = self.new_state(group, name, param, param.device)
         state["step"].copy_(torch.as_tensor(saved["step"]))
-        shape = _matrix_shape(param)
+        shape = _matrix_shape(local(param).shape)
+        whole = zeros_beside(param, param.shape, torch.float32, torch.device("meta"))
         exp_avg, exp_avg_sq = (
-            saved[key].to(param.device, torch.float32).reshape(shape) for key in ("exp_avg", "exp_avg_sq")
+            local(placed_like(saved[key].detach(), whole, param.device)).float().reshape(shape)
+            for key in ("exp_avg", "exp_avg_sq")
         )
         views = _matrix_views(state, shape)
         quantize_moments(exp_avg, exp_avg_sq, views, settings["bits"], settings["block_size"], settings["quantile"])
         return state
 
     def dequantized_state(self, param: Tensor, rows: int | None = None) -> dict[str, Tensor]:
-        """Return ``{"exp_avg", "exp_avg_sq"}`` of a parameter, fp32 and of its shape, or of its first ``rows``."""
+        """Return ``{"exp_avg", "exp_avg_sq"}`` of a parameter, fp32 and of its shape, or of its first ``rows``.
+
+        Those of a DTensor are DTensors divided as it is, unless ``rows`` asks for the first rows of this process's
+        part, which are plain tensors. No process waits for another.
+        """
         group, name = next((group, name) for group, name, own in self.named_params() if own is param)
-        settings, (all_rows, columns) = self.settings(group, name, param), _matrix_shape(param)
+        settings, own_part = self.settings(group, name, param), local(param)
+        all_rows, columns = _matrix_shape(own_part.shape)
         state = _matrix_views(self.state[param], (all_rows, columns))
-        part = {key: value[:rows] for key, value in state.items() if key != "step"}
+        first = {key: value[:rows] for key, value in state.items() if key != "step"}
         shape = (all_rows if rows is None else min(rows, all_rows), columns)
-        exp_avg, exp_avg_sq = dequantize_moments(part, *shape, settings["bits"], settings["block_size"])
-        part_shape = param.shape if rows is None else param[:rows].shape
-        return {"exp_avg": exp_avg.view(part_shape), "exp_avg_sq": exp_avg_sq.view(part_shape)}
+        moments = dequantize_moments(first, *shape, settings["bits"], settings["block_size"])
+        named = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+        if rows is not None or not is_dtensor(param):
+            return {key: moment.view(own_part[:rows].shape) for key, moment in named.items()}
+        whole = {key: zeros_beside(param, param.shape, torch.float32, param.device) for key in named}
+        for key, moment in named.items():
+            local(whole[key]).copy_(moment.view(own_part.shape))
+        return whole
 
     def describe_technique(self) -> list[tuple[str, str, str]]:
         """Return one row for each pair of bits in use, with parameters, state bytes and the effective β₁."""
@@ -232,15 +278,20 @@ class SoloAdamW(LowBitOptimizer):
     def gather(self) -> tuple[list[ParamGroup], list[SoloTensor]]:
         """Return all that the kernel needs for one step: the tensors that have a gradient, and the group of each.
 
+        Processes that share DTensors must call this together, see :func:`.sharding.agreed_gradients`.
+
         Raises:
             InvalidArgumentError: a gradient is sparse.
         """
         owners: list[ParamGroup] = []
         tensors: list[SoloTensor] = []
-        for group, plan in zip(self.param_groups, self._current_plans(), strict=True):
+        plans = list(zip(self.param_groups, self._current_plans(), strict=True))
+        sharded = [param for group, plan in plans if plan.sharded for param in group["params"]]
+        gradients = agreed_gradients(sharded, LARGEST_SQUARABLE)
+        for group, plan in plans:
             hypers = [_hyperparameters(group, settings) for settings in plan.settings]
             for param, constants in zip(group["params"], plan.constants, strict=True):
-                grad, (name, which, *layout) = param.grad, constants
+                grad, (name, which, cut, *layout) = param.grad, constants
                 if grad is None or not param.numel():
                     continue
                 if grad.is_sparse:
@@ -254,16 +305,13 @@ class SoloAdamW(LowBitOptimizer):
                 if param.is_cuda and not state["step"].is_cuda:  # loaded: checkpoints bring it to the CPU
                     state["step"] = state["step"].to(param.device)
                 owners.append(group)
-                tensors.append(SoloTensor(param, grad, state, hypers[which], *layout))
-                tensors[-1].skips = _device_skips(group, param)
+                if plan.sharded and param in gradients:
+                    grad, state = gradients[param], {key: local(value) for key, value in state.items()}
+                    tensors.append(own_shard(SoloTensor(local(param), grad, state, hypers[which], *layout), cut))
+                else:
+                    tensors.append(SoloTensor(param, grad, state, hypers[which], *layout))
+                tensors[-1].skips = device_skips(group, param)
         return owners, tensors
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state; counts that live on a device become integers."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group["nonfinite_skips"] = int(group["nonfinite_skips"])
-        return saved
 
     def _current_plans(self) -> list["_GroupPlan"]:
         """Return what is derived from names, shapes and settings, made again for all groups when any of them changed.
@@ -288,14 +336,17 @@ class _GroupPlan:
 
     source: tuple[Any, ...]
     settings: list[ParamGroup]  # the distinct ones, by override and eligibility
-    constants: list[tuple[Any, ...]]  # of each parameter: name, index in settings, rows, columns, two noise streams
+    constants: list[tuple[Any, ...]]  # of each parameter: name, index in settings, cut, then as in SoloTensor
+    sharded: bool = False  # there is a DTensor
 
     def add(self, settings: ParamGroup, name: str, param: Tensor) -> None:
         chosen = {key: settings[key] for key in _OVERRIDABLE}
         if chosen not in self.settings:
             self.settings.append(chosen)
         streams = stream_id(name, "state"), stream_id(name, "weight")
-        self.constants.append((name, self.settings.index(chosen), *_matrix_shape(param), *streams))
+        self.sharded = self.sharded or is_dtensor(param)
+        cut, rows, columns, first_row = matrix_layout(param, name)
+        self.constants.append((name, self.settings.index(chosen), cut, rows, columns, *streams, first_row))
 
 
 def _plan_source(group: ParamGroup) -> tuple[Any, ...]:
@@ -322,24 +373,37 @@ def _hyperparameters(group: ParamGroup, settings: ParamGroup) -> SoloHyperparame
     )
 
 
-def _device_skips(group: ParamGroup, param: Tensor) -> Tensor | None:
-    """Return the group's count of skipped steps as the device counter that the kernel adds to, None for the CPU."""
-    if not param.is_cuda:
-        return None
-    if not isinstance(group["nonfinite_skips"], Tensor):
-        group["nonfinite_skips"] = torch.tensor(group["nonfinite_skips"], device=param.device)
-    counter: Tensor = group["nonfinite_skips"]
-    return counter if counter.device == param.device else None
+def matrix_layout(param: Tensor, name: str) -> tuple[Part | None, int, int, int]:
+    """Return ``cut``, ``rows``, ``columns`` and ``first_row`` of a SoloTensor for this process's part of ``param``."""
+    slices, shape = part(param, name), tuple(param.shape)
+    first_row = slices[0].start if param.ndim > 1 else 0
+    cut = None
+    if param.ndim == 1 and slices[0] != slice(0, *shape):  # one row, divided
+        cut = Part((1, *shape), (slice(0, 1), *slices))
+    elif cut_dimensions(param):
+        cut = Part(shape, slices)
+    return cut, *_matrix_shape(local(param).shape), first_row
 
 
-def _matrix_shape(param: Tensor) -> tuple[int, int]:
-    rows = param.shape[0] if param.ndim > 1 else 1
-    return rows, param.numel() // max(rows, 1)
+def own_shard(tensor: SoloTensor, cut: Part | None) -> SoloTensor:
+    """Return what to step of a sharded parameter: ``tensor``, or a stand-in where this process has nothing of it."""
+    if tensor.param.numel():
+        tensor.cut = cut
+        return tensor
+    # One element that counts the steps of the others, or skips them: counters are saved by any one process.
+    moments = {key: torch.zeros_like(tensor.grad, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+    state = {"step": tensor.state["step"], **moments}
+    return SoloTensor(torch.zeros_like(tensor.grad), tensor.grad, state, replace(tensor.hyper, bits=(32, 32)), 1, 1)
+
+
+def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape.numel())
 
 
 def _matrix_views(state: State, shape: tuple[int, int]) -> State:
-    """Return the state with fp32 moments, which have the parameter's own shape, seen as matrices."""
-    return {key: value.view(shape) if key in ("exp_avg", "exp_avg_sq") else value for key, value in state.items()}
+    """Return the local state with fp32 moments, which have the parameter's own shape, seen as matrices."""
+    views = {key: local(value) for key, value in state.items()}
+    return {key: value.view(shape) if key in ("exp_avg", "exp_avg_sq") else value for key, value in views.items()}
 
 
 def _normalized_overrides(overrides: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from lowbit_lightning.callbacks.memory_ledger import (
     tensor_bytes,
 )
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim import SoloAdamW, state_bytes
+from lowbit_lightning.optim import FZOO, SoloAdamW, state_bytes
 
 WEIGHT_BYTES = 4 * (4 * 16 + 16 + 16 + 1)
 
@@ -112,6 +112,13 @@ def test_frozen_weights_have_no_gradients_and_no_states() -> None:
     _, gradients, states = memory_rows(net, [optimizer])
     assert gradients[:2] == ("gradients", f"{4 * 17 / 1e6:.3f}")
     assert states[1] == f"{8 * 17 / 1e6:.3f}"
+
+
+def test_forward_only_optimizer_has_no_gradients_and_no_states() -> None:
+    net = Net()
+    weights, states = memory_rows(net, [FZOO(net.named_parameters())])
+    assert weights[0] == "weights"
+    assert states == ("optimizer", "0.000", "0.000", "measured")
 
 
 def test_module_without_parameters_makes_a_table() -> None:

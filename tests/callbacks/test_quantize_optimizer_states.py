@@ -1,5 +1,6 @@
 """QuantizeOptimizerStates: everything a module set up for its own Adam goes on working with low-bit states."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning.callbacks import QuantizeOptimizerStates
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim import SoloAdamW
+from lowbit_lightning.optim import MicroAdam, SoloAdamW
 
 SOLO = {"class_path": "lowbit_lightning.optim.SoloAdamW", "init_args": {"bits": [4, 2], "min_numel": 0}}
 
@@ -85,6 +86,23 @@ def test_groups_keep_their_settings_and_get_low_bit_states() -> None:
     assert (head["lr"], head["weight_decay"]) == (0.02, 0.1)
     assert head["param_names"] == ["head.weight", "head.bias"]
     assert "exp_avg_codes" in optimizer.state[module.head.weight]
+
+
+def test_micro_adam_takes_over_groups_names_and_schedule() -> None:
+    micro_adam = {"class_path": "lowbit_lightning.optim.MicroAdam", "init_args": {"density": 0.1, "min_numel": 0}}
+    plain, module = Module(with_schedule(warm_up)), Module(with_schedule(warm_up))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*epoch parameter in `scheduler.step")  # torch's SequentialLR
+        fit(plain)
+        optimizer = fit(module, QuantizeOptimizerStates(micro_adam)).optimizers[0]
+    assert isinstance(optimizer, MicroAdam)
+    embed, head = optimizer.param_groups
+    assert (embed["weight_decay"], head["weight_decay"], head["betas"]) == (0.0, 0.1, (0.8, 0.95))
+    assert (embed["density"], head["param_names"]) == (0.1, ["head.weight", "head.bias"])
+    assert module.rates == plain.rates
+    assert optimizer.state[module.head.weight]["step"] == 8
+    assert {"error_codes", "values"} <= optimizer.state[module.embed.weight].keys()
+    assert "exp_avg" in optimizer.state[module.head.bias]
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from lowbit_lightning.__main__ import main
 from lowbit_lightning.commands import bench_contenders, bench_measure, bench_optim, bench_probe, bench_workloads
 from lowbit_lightning.commands.bench_contenders import CONTENDERS
 from lowbit_lightning.commands.bench_probe import Probe
 from lowbit_lightning.commands.bench_workloads import Workload, plan_workload
-from lowbit_lightning.optim import SoloAdamW
 
 PEERS = [name for name in CONTENDERS if name.startswith(("torchao", "bitsandbytes"))]
 
@@ -163,27 +161,6 @@ def test_transient_bytes_sees_temporaries_and_only_those() -> None:
         return
     assert in_place < 2**20
     assert tensor.nbytes <= with_temporary + 2**20 <= tensor.nbytes + 3 * 2**20
-
-
-def test_stored_bytes_counts_shared_memory_once_and_nested_state() -> None:
-    tensor = torch.zeros(10)
-    assert (
-        bench_measure.stored_bytes({"a": [tensor, tensor.view(2, 5)], "b": {"c": torch.zeros(3, dtype=torch.uint8)}})
-        == 43
-    )
-
-
-def test_stored_bytes_looks_inside_tensor_subclasses() -> None:
-    from torch.testing._internal.two_tensor import TwoTensor  # torch's own example of such a class
-
-    assert bench_measure.stored_bytes([TwoTensor(torch.zeros(8), torch.zeros(8))]) == 64
-
-
-def test_stored_bytes_agrees_with_the_layout_of_solo() -> None:
-    param = nn.Parameter(torch.ones(64, 128))
-    optimizer = SoloAdamW([param], bits=(2, 2))
-    optimizer.initialize_state()
-    assert bench_measure.stored_bytes(optimizer.state[param]) == 64 * 128 * 19 // 32 + 4
 
 
 def test_peers_are_silenced_and_logging_comes_back(caplog: pytest.LogCaptureFixture) -> None:

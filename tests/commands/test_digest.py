@@ -7,6 +7,8 @@ import pytest
 
 from lowbit_lightning.__main__ import main
 from lowbit_lightning.commands import digest
+from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
+from lowbit_lightning.kernels.rademacher_cpu import Pass
 from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
 
 
@@ -26,10 +28,24 @@ def test_one_wrong_bit_is_found_and_its_tensor_named(monkeypatch: pytest.MonkeyP
             tensors[0].state["exp_avg_sq_codes"][3, 5] ^= 1
         return skipped
 
-    def paths() -> Iterator[tuple[str, str, digest.Step]]:
-        yield "faulty", "cpu", faulty
+    def faulty_micro_adam(tensors: Sequence[MicroAdamTensor]) -> list[bool]:
+        skipped = [micro_adam_step_reference(tensor) for tensor in tensors]
+        if tensors[0].state["step"] == digest.STEPS:
+            tensors[0].state["values"][0, 0] += 1
+        return skipped
+
+    def faulty_rademacher(one: Pass) -> None:
+        digest.rademacher_reference(one)
+        if one.noise.step == digest.STEPS - 1 and one.noise.rank1 and one.source is not one.out:
+            one.out[3, 5] *= -1
+
+    def paths() -> Iterator[digest.ComputePath]:
+        yield digest.ComputePath("faulty", "cpu", faulty, faulty_micro_adam, faulty_rademacher)
 
     monkeypatch.setattr(digest, "paths", paths)
     monkeypatch.setattr(digest, "SOLO_BITS", ((4, 2),))
     assert digest.run() == 1
-    assert "first in matrix.exp_avg_sq_codes" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "first in matrix.exp_avg_sq_codes" in text
+    assert "first in matrix.values" in text
+    assert text.count("first in perturbed") == 2, "rank-1 signs, fp32 and bf16"

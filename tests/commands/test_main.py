@@ -30,7 +30,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_has_one_line_per_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for verb in ("fit", "validate", "test", "predict", "list", "cp", "doctor"):
+    for verb in ("fit", "validate", "test", "predict", "list", "cp", "export", "bench", "doctor"):
         assert sum(line[:1] == [verb] for line in lines) == 1
 
 

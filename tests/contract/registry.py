@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from contract.third_party import LEARNING_RATE
 
 Config = dict[str, Any]
 
@@ -27,6 +28,9 @@ class Technique:
             setting, exclude each other by themselves.
         rejects: Trainer settings that it cannot work with, and what its error at the start of fit says (a regex).
         survives_nonfinite: Whether weights stay finite after a step with infinite and NaN gradients.
+        two_processes: Settings of the Trainer in place of its own under two processes.
+        learns_to: What share of its first losses the last ones of a run stay below.
+        moves_without_gradient: Whether it also moves what the loss is computed from but does not depend on.
     """
 
     name: str
@@ -36,6 +40,14 @@ class Technique:
     excludes: tuple[str, ...] = ()
     rejects: dict[str, str] = field(default_factory=dict)
     survives_nonfinite: bool = False
+    two_processes: Config = field(default_factory=dict)
+    learns_to: float = 0.75
+    moves_without_gradient: bool = False
+
+    @property
+    def learning_rate(self) -> float:
+        """That of its optimizer, which is the module's own unless it means something else."""
+        return float(self.optimizer["init_args"]["lr"]) if self.optimizer else LEARNING_RATE
 
 
 SOLO = {"bits": [4, 2], "min_numel": 0}
@@ -64,6 +76,74 @@ TECHNIQUES = (
         ),
         survives_nonfinite=True,
     ),
+    Technique(
+        "micro_adam",
+        optimizer={
+            "class_path": "lowbit_lightning.optim.MicroAdam",
+            "init_args": {"lr": 1e-2, "density": 0.1, "window": 4, "min_numel": 0},
+        },
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.CompressionMonitor",
+                "init_args": {"every_n_steps": 4},
+            },
+        ),
+        excludes=("quantize_optimizer_states",),  # it replaces any optimizer by SoloAdamW
+        survives_nonfinite=True,
+    ),
+    Technique(
+        "fzoo",
+        # Steps of a length of their own: 30 of them cannot go as far as Adam's, whose coordinates all move as far.
+        optimizer={"class_path": "lowbit_lightning.optim.FZOO", "init_args": {"lr": 0.1}},
+        trainer={"strategy": {"class_path": "lowbit_lightning.strategies.ForwardOnlyStrategy"}},
+        excludes=("quantize_optimizer_states",),  # it replaces any optimizer by SoloAdamW
+        rejects={"gradient_clip_val": "there is no gradient to clip"},
+        survives_nonfinite=True,
+        two_processes={"strategy": {"class_path": "lowbit_lightning.strategies.ForwardOnlyDDPStrategy"}},
+        learns_to=0.9,
+        moves_without_gradient=True,
+    ),
+    Technique(
+        "stable_spam",
+        optimizer={
+            "class_path": "lowbit_lightning.optim.StableSPAM",
+            "init_args": {"lr": 1e-2, "reset_interval": 7, "schedule_steps": 20},
+        },
+        excludes=("quantize_optimizer_states",),  # it replaces any optimizer by SoloAdamW
+        survives_nonfinite=True,
+    ),
+    Technique(
+        "gradient_stabilizer",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.GradientStabilizer",
+                "init_args": {
+                    "rules": ["ada_clip", {"ada_gn": {"gamma1": 0.7}}, {"momentum_reset": {"every_n_steps": 7}}]
+                },
+            },
+        ),
+        excludes=("fzoo",),  # which has no gradients
+        survives_nonfinite=True,
+    ),
+    Technique(
+        "spike_monitor",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.SpikeMonitor",
+                "init_args": {"min_samples": 4},
+            },
+        ),
+    ),
+    Technique(
+        "spike_guard",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.SpikeGuard",
+                "init_args": {"snapshot": {"every_n_steps": 4, "min_age": 20}, "data": "replay"},
+            },
+        ),
+        survives_nonfinite=True,
+    ),
 )
 
 
@@ -87,6 +167,9 @@ def together(one: Technique, other: Technique) -> Technique:
         one.trainer | other.trainer | ({"max_steps": max(steps)} if steps else {}),
         rejects=one.rejects | other.rejects,
         survives_nonfinite=one.survives_nonfinite or other.survives_nonfinite,
+        two_processes=one.two_processes | other.two_processes,
+        learns_to=max(one.learns_to, other.learns_to),
+        moves_without_gradient=one.moves_without_gradient or other.moves_without_gradient,
     )
 
 

@@ -72,6 +72,7 @@ def test_stock_cli_trains_with_the_same_configuration(technique: Technique, stoc
         assert type(cli.trainer.optimizers[0]).__name__ == technique.optimizer["class_path"].rpartition(".")[2]
 
 
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. will be overridden by .LightningCLI")
 @pytest.mark.parametrize("overlay", configs.shipped("techniques"))
 def test_overlay_adds_to_a_stock_cli_and_takes_nothing_away(overlay: str, stock_cli: StockCLI) -> None:
     path = configs.shipped("techniques")[overlay]
@@ -82,5 +83,6 @@ def test_overlay_adds_to_a_stock_cli_and_takes_nothing_away(overlay: str, stock_
 
 
 def test_all_overlays_stack_on_a_stock_cli(stock_cli: StockCLI) -> None:
-    paths = [str(path) for path in configs.shipped("techniques").values()]
+    # fzoo.yaml brings an optimizer without gradients, and there is nothing that solo.yaml could convert.
+    paths = [str(path) for name, path in configs.shipped("techniques").items() if name != "fzoo"]
     assert stock_cli(write(USERS_CONFIG), *paths).trainer.global_step == 2

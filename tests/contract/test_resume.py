@@ -18,7 +18,7 @@ from lowbit_lightning.callbacks.exact_resume import collect_rng, restore_rng
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 Trains = Callable[[Technique], Trained]
-WINDOW = 3  # steps between a snapshot and its restoration
+WINDOW = 2  # steps between a snapshot and its restoration
 
 
 class RollsBackTwice(Callback):

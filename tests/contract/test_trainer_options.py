@@ -46,7 +46,7 @@ def test_accumulated_batches_make_one_step(technique: Technique) -> None:
 @every_technique
 def test_gradients_are_clipped_before_the_step(technique: Technique) -> None:
     unclipped = Run(technique, max_steps=STEPS).fit().record.gradient_norms
-    limit = min(unclipped) / 2
+    limit = min(unclipped, default=1.0) / 2  # a technique may compute no gradient
     run = fit_or_refusal(technique, "gradient_clip_val", limit)
     if run is not None:
         assert_trained(run)

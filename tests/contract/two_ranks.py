@@ -29,6 +29,9 @@ def train_on_rank(rank: int, techniques: Sequence[Technique], folder: Path, port
     os.chdir(own)
     for technique in techniques:
         # A strategy of the technique's own, given by the registry, wins over Lightning's.
-        run = Run(technique, **{"strategy": "ddp"} | technique.trainer | {"max_steps": 8, "devices": 2}).fit()
+        run = Run(
+            technique,
+            **{"strategy": "ddp"} | technique.trainer | technique.two_processes | {"max_steps": 8, "devices": 2},
+        ).fit()
         torch.save({"state": run.state(), "batches": run.record.batches}, folder / f"{technique.name}.{rank}.pt")
     torch.distributed.destroy_process_group()

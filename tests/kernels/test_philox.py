@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit_lightning.kernels.philox import block_calls, draw_16bit, philox_4x32, stream_id
+from lowbit_lightning.kernels.philox import block_calls, draw_16bit, element_draws, philox_4x32, stream_id
 
 # kat_vectors of Random123 1.14, "philox4x32 10": counter, key, result.
 KNOWN_ANSWERS = [
@@ -63,3 +63,10 @@ def test_draws_are_uniform_and_uncorrelated_between_lanes() -> None:
 def test_stream_ids_are_stable_and_distinct_by_purpose() -> None:
     assert stream_id("model.embed_tokens.weight", "state") == 337808935
     assert stream_id("w", "state") != stream_id("w", "weight")
+
+
+def test_draws_of_elements_do_not_depend_on_where_a_chunk_begins() -> None:
+    whole = element_draws(3, 5, 7, 0, 1000, torch.device("cpu"))
+    for start, stop in ((0, 1), (100, 300), (128, 256), (999, 1000)):
+        assert torch.equal(element_draws(3, 5, 7, start, stop, torch.device("cpu")), whole[start:stop])
+    assert torch.equal(whole[:128], draw_16bit(3, 5, 7, torch.arange(16)))

@@ -307,11 +307,12 @@ def test_seed_and_name_choose_the_noise() -> None:
     assert not torch.equal(ends["a", 0], ends["b", 0])
 
 
-def test_bf16_weights_feel_a_decay_below_their_resolution() -> None:
-    for stochastic, expected in ((True, 0.9), (False, 1.0)):
-        param = nn.Parameter(torch.ones(64, 256, dtype=torch.bfloat16))
-        optimizer = SoloAdamW([param], lr=1e-3, weight_decay=1.0, bf16_stochastic_rounding=stochastic)
-        for _ in range(105):
+@pytest.mark.parametrize(("dtype", "lr", "steps"), [(torch.bfloat16, 1e-3, 105), (torch.float16, 2e-4, 200)])
+def test_half_precision_weights_feel_a_decay_below_their_resolution(dtype: torch.dtype, lr: float, steps: int) -> None:
+    for stochastic, expected in ((True, (1 - lr) ** steps), (False, 1.0)):
+        param = nn.Parameter(torch.ones(64, 64, dtype=dtype))
+        optimizer = SoloAdamW([param], lr=lr, weight_decay=1.0, bf16_stochastic_rounding=stochastic)
+        for _ in range(steps):
             param.grad = torch.zeros_like(param)
             optimizer.step()
         assert param.float().mean().item() == pytest.approx(expected, abs=5e-3)

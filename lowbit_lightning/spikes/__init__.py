@@ -1,0 +1,1 @@
+"""What SpikeMonitor and SpikeGuard stand on: detecting, deciding, and bringing a run back."""
