@@ -125,6 +125,10 @@ def _distance(one: float, other: float) -> float:
     return abs(math.log(other / one)) if is_known else math.inf
 
 
+# On the same batches and signs even a step of 1e-8 lowers the loss measurably; less than this share of it is no reason.
+LEAST_GAIN = 1e-4
+
+
 @dataclass
 class LrTrial:
     """One learning rate: its losses so far, how much they are above those of the start weights, and the standard error.
@@ -136,6 +140,7 @@ class LrTrial:
     losses: list[float] = field(default_factory=list)
     change: float = math.nan
     error: float = math.inf
+    least: float = 0.0
 
     def compare(self, start_losses: Sequence[float]) -> None:
         """Compare the last losses with those of the start weights on the same batches."""
@@ -143,11 +148,12 @@ class LrTrial:
         differences = [math.inf] if self.diverged else [loss - start for loss, start in pairs]
         self.change = fmean(differences)
         self.error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        self.least = LEAST_GAIN * abs(fmean(start_losses))
 
     @property
     def is_better(self) -> bool:
-        """Whether the loss is lower than at the start by more than twice the error."""
-        return self.change < -2 * self.error
+        """Whether the loss is lower than at the start by more than twice the error, and by enough to matter."""
+        return self.change < -max(2 * self.error, self.least)
 
     @property
     def diverged(self) -> bool:

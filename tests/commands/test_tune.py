@@ -261,8 +261,8 @@ def test_a_loss_is_lower_only_beyond_what_batches_differ_by() -> None:
     assert compared([math.inf, 2.0, 2.0]).change == math.inf
 
 
-def test_noise_is_not_taken_for_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    write(config(lr=1e-9))
+def test_no_gain_at_any_rate_is_an_error_and_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    write(config(lr=1000.0))
     assert main(["tune", "run.yaml", "--forwards", "400"]) == 2
     printed = capsys.readouterr()
     assert "by more than it differs from batch to batch" in printed.err
