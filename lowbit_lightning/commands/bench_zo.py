@@ -3,8 +3,8 @@
 Three things are measured. **Signs**: a perturbed copy of a large tensor and the update of all perturbations, against
 the published way, which draws them from ``randint`` (FZOO) or ``normal`` (MeZO) and makes new tensors. **Steps**: those
 of a Trainer with ForwardOnlyStrategy on a Llama, from the start of a batch to its end, each followed by plain forward
-passes on the same batch; ratios are taken within such a pair. **Memory**: the peak of some steps beyond that of the
-same forward passes without training, in a process of its own (:mod:`.bench_zo_memory`).
+passes on the same batch; ratios are taken within such a pair. **Memory**: the peak of some steps against that of a
+validation on the same batches, in a process of its own (:mod:`.bench_zo_memory`).
 
 The published step is re-implemented here as the plain loop that it is: per perturbation a pass over the weights to add,
 one to take away again, and one to update, each drawing its signs anew.

@@ -1,6 +1,6 @@
 """The part of ``bench zo`` that wants a process of its own: the peak of memory of a forward-only run.
 
-Compared are the peaks of the same batches, evaluated without training and trained on, above what the loaded model
+Compared are the peaks of the same batches, through a Trainer's ``validate`` and its ``fit``, above what the loaded model
 takes. On Linux the C library is told (``MALLOC_MMAP_THRESHOLD_``) to give freed blocks of more than a megabyte back to
 the system at once: otherwise it keeps them in a heap that grows with the order of allocations, by tens of megabytes
 whatever a step needs, and the peak would tell about that heap.
@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
@@ -22,7 +23,6 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning.optim import FZOO
 from lowbit_lightning.strategies import ForwardOnlyStrategy
-from lowbit_lightning.strategies.replay import silent
 
 from .bench_contenders import peers_silenced
 from .bench_guard import GuardWorkload
@@ -55,15 +55,16 @@ def memory_in_process(workload: GuardWorkload, perturbations: int, device: str, 
 def memory(workload: GuardWorkload, perturbations: int, device: str) -> dict[str, Any]:
     """Return bytes: of the weights, of the largest parameter, and peaks above the loaded model.
 
-    ``inference`` is that of forward passes, the others are those of training; all None where they cannot be measured.
+    ``inference`` is that of a validation, the others are those of training; all None where they cannot be measured.
     """
     small = replace(workload, hidden=64, layers=1, vocabulary=64, batch=1, length=8)
+    _evaluate(small, small.module().to(device), device)
     for perturbation in ("rademacher", "rank1"):  # code is loaded, and compiled, before anything is measured
         _train(small, small.module().to(device), perturbation, perturbations, device)
     module = workload.module().to(device)
     sizes = [param.nbytes for param in module.parameters()]
     peaks: dict[str, Any] = {
-        "inference": _peak(lambda: _evaluate(workload, module), device),
+        "inference": _peak(lambda: _evaluate(workload, module, device), device),
         "sequential": _peak(lambda: _train(workload, module, "rademacher", perturbations, device), device),
         "batched": _peak(lambda: _train(workload, module, "rank1", perturbations, device), device),
     }
@@ -79,10 +80,11 @@ def _peak(run: Callable[[], object], device: str) -> int | None:
     return int(median(known)) if known else None
 
 
-def _evaluate(workload: GuardWorkload, module: LightningModule) -> None:
-    with torch.no_grad(), silent(module):
-        for batch in workload.batches(_STEPS):
-            module.training_step({key: value.to(module.device) for key, value in batch.items()}, 0)
+def _evaluate(workload: GuardWorkload, module: LightningModule, device: str) -> None:
+    batches: Any = workload.batches(_STEPS)
+    with _trainer(device) as trainer:
+        trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    module.to(device)  # Lightning leaves a module on the CPU
 
 
 def _train(
@@ -93,13 +95,18 @@ def _train(
         execution="batched" if perturbation == "rank1" else "sequential",
     )  # fmt: skip
     batches: Any = workload.batches(_STEPS)
-    with tempfile.TemporaryDirectory() as folder, peers_silenced():
-        trainer = Trainer(
-            accelerator=device, devices=1, max_steps=_STEPS, strategy=ForwardOnlyStrategy(), logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        )  # fmt: skip
+    with _trainer(device, max_steps=_STEPS, strategy=ForwardOnlyStrategy()) as trainer:
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    module.to(device)  # Lightning leaves a module on the CPU
+    module.to(device)
+
+
+@contextmanager
+def _trainer(device: str, **settings: Any) -> Iterator[Trainer]:
+    with tempfile.TemporaryDirectory() as folder, peers_silenced():
+        yield Trainer(
+            accelerator=device, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder, **settings,
+        )  # fmt: skip
 
 
 def main() -> None:
