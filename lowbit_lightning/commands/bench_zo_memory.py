@@ -1,9 +1,9 @@
 """The part of ``bench zo`` that wants a process of its own: the peak of memory of a forward-only run.
 
-Compared are the peaks of the same batches, through a Trainer's ``validate`` and its ``fit``, above what the loaded model
-takes. On Linux the C library is told (``MALLOC_MMAP_THRESHOLD_``) to give freed blocks of more than a megabyte back to
-the system at once: otherwise it keeps them in a heap that grows with the order of allocations, by tens of megabytes
-whatever a step needs, and the peak would tell about that heap.
+Compared are the peaks of the same batches, through a Trainer's ``validate`` and its ``fit``, above what the loaded
+model takes. On Linux the C library is told (``MALLOC_MMAP_THRESHOLD_``) to give freed blocks of more than a megabyte
+back to the system at once: otherwise it keeps them in a heap that grows with the order of allocations, by tens of
+megabytes whatever a step needs, and the peak would tell about that heap.
 """
 
 import json
