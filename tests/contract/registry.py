@@ -126,6 +126,16 @@ TECHNIQUES = (
         survives_nonfinite=True,
     ),
     Technique(
+        "dynamic_stashing",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.DynamicStashing",
+                "init_args": {"stash_only": 4},
+            },
+        ),
+        excludes=("fzoo",),  # which has no backward pass
+    ),
+    Technique(
         "spike_monitor",
         callbacks=(
             {
