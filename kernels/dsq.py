@@ -33,15 +33,19 @@ EXPONENT_BITS = 8
 
 
 class Formats(NamedTuple):
-    """Formats of q0, q2 and q3; None leaves a tensor as it is. The stash is the caller's."""
+    """Formats of the four places; None leaves a tensor as it is."""
 
     q0: BoxFormat | None
+    q1: BoxFormat | None
     q2: BoxFormat | None
     q3: BoxFormat | None
 
 
 class Noises(NamedTuple):
-    """Noise for stochastic rounding, one for each tensor that is quantized beside the stash."""
+    """Noise for stochastic rounding, one for each tensor that is quantized here, not packed by the stash.
+
+    ``recomputed`` is for an x that the stash does not hold itself, because it is a function of what it does hold.
+    """
 
     forward_input: Noise | None = None
     forward_weight: Noise | None = None
@@ -49,14 +53,14 @@ class Noises(NamedTuple):
     backward_weight: Noise | None = None
     weight_gradient: Noise | None = None
     outgoing: Noise | None = None
+    recomputed: Noise | None = None
 
 
 def formats(
     bits: Bits, box: int, kind: Literal["bfp", "affine"], rounding: Literal["nearest", "stochastic"]
 ) -> Formats:
     """Return the formats of [q0, q1, q2, q3]. There is no affine code of 16 bits: block floating point serves there."""
-    q0, _, q2, q3 = bits
-    return Formats(*(None if q == OFF else BoxFormat(q, box, "bfp" if q == 16 else kind, rounding) for q in (q0, q2, q3)))
+    return Formats(*(None if q == OFF else BoxFormat(q, box, "bfp" if q == 16 else kind, rounding) for q in bits))
 
 
 def noise_streams(name: str) -> tuple[int, ...]:
@@ -107,8 +111,8 @@ def reference(
         weight: (N, K) fp32.
         grad: (M, N) fp32.
         stashed: Q1(x), (M, K) fp32.
-        formats: of the other places.
-        noises: of every tensor that they quantize.
+        formats: of the other operands.
+        noises: of every tensor that is quantized here.
     """
     q0x = quantized(x, formats.q0, noises.forward_input, -1).double()
     q0w = quantized(weight, formats.q0, noises.forward_weight, -1).double()
@@ -128,7 +132,7 @@ class Cost(NamedTuple):
     """Modelled cost of a linear layer's forward and backward pass.
 
     Attributes:
-        arithmetic: one-bit multiplications: a product of a and b bits is a·b of them, the area of an integer multiplier.
+        arithmetic: one-bit multiplications: a product of a and b bits is a·b of them, as in an integer multiplier.
         dram: bits read and written.
     """
 
@@ -153,7 +157,7 @@ def linear_cost(
     The paper's model is not public; this one gives 64 times and 2.67 times less arithmetic than 16 bits for its first
     and its last level.
     """
-    q0, q1, q2, q3 = (WORD if q == OFF else q for q in bits)
+    q0, q1, q2, _ = (WORD if q == OFF else q for q in bits)
     s0, s1, s2, s3 = (WORD if q == OFF else q + EXPONENT_BITS / box for q in bits)
     arithmetic, dram = float(q0 * q0), k * n * s0
     if weight_grad:

@@ -1,4 +1,4 @@
-"""Text for the recipes: documents packed into windows, labelled texts, pairs, and a loader that resumes at any batch."""
+"""Text for the recipes: documents in windows, labelled texts, pairs of texts, and a loader that resumes anywhere."""
 
 from lowbit_lightning.data.docstring_summaries import DocstringSummaries
 from lowbit_lightning.data.docstring_topics import DocstringTopics

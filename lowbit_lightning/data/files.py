@@ -137,9 +137,7 @@ def _read_table(path: str, fields: Mapping[str, str], split: Any, remedy: str) -
             for row in rows:
                 place = f"{path}:{rows.line_num}"
                 if row and len(row) != len(names):
-                    raise CorpusError(
-                        f"{place}: {len(row)} values, but line 1 names {len(names)} columns. {remedy}"
-                    )
+                    raise CorpusError(f"{place}: {len(row)} values, but line 1 names {len(names)} columns. {remedy}")
                 if row:
                     yield [Cell(row[at], f"{place}: column '{names[at]}'") for at in positions]
         except csv.Error as error:

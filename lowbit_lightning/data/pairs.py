@@ -72,7 +72,7 @@ class PairBytes:
 
 
 class PairTokenizer:
-    """A Hugging Face tokenizer, whose end-of-text token (or separator) ends each text; other special ones are not added.
+    """A Hugging Face tokenizer. Its end-of-text token, or its separator, ends each text; no other special one is added.
 
     Args:
         name_or_path: what ``load_tokenizer`` takes.

@@ -8,6 +8,7 @@ Different from the paper: the stash alone can rise (``stash_only``: forward exac
 a bound raises the level at once, whatever the patience.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -89,7 +90,7 @@ def parse_levels(
                     f"{argument}: {name}={value!r} is out of range: one of {', '.join(map(str, ALLOWED_BITS))}, "
                     f"of which {OFF} is not quantized"
                 )
-    for lower, higher in zip(made, made[1:], strict=False):
+    for lower, higher in itertools.pairwise(made):
         falling = [name for name, one, other in zip(Level._fields, lower, higher, strict=True) if other < one]
         if falling or lower == higher:
             reason = f"{falling[0]} falls" if falling else "they are equal"

@@ -71,7 +71,7 @@ def test_float64_agrees(bits: tuple[int, int, int, int], kind: str) -> None:
 def test_off_everywhere_is_the_plain_layer() -> None:
     x, weight, grad = operands()
     places = formats((OFF, OFF, OFF, OFF), 16, "bfp", "nearest")
-    assert places == Formats(None, None, None)
+    assert places == Formats(None, None, None, None)
     assert torch.equal(forward(x, weight, places, Noises()), x @ weight.T)
     assert torch.equal(input_gradient(grad, weight, places, Noises()), grad @ weight)
     assert torch.equal(weight_gradient(grad, x, places, Noises()), grad.T @ x)
@@ -79,7 +79,7 @@ def test_off_everywhere_is_the_plain_layer() -> None:
 
 def test_stochastic_gradients_average_to_the_exact_ones() -> None:
     """Affine codes clip nothing, so the mean of k draws comes closer as 1/√k."""
-    x, weight, grad = operands()
+    _, weight, grad = operands()
     places, streams = formats((2, OFF, 2, 8), 16, "affine", "stochastic"), noise_streams("layer")
     draws = [input_gradient(grad, weight, places, noises(0, streams, step)) for step in range(256)]
     exact = grad @ weight
