@@ -1,6 +1,7 @@
 """What a forward pass keeps for backward, really packed: activations of 2 to 8 bits on any module.
 
-Knows modules and autograd; knows nothing of Lightning. ``callbacks.DynamicStashing`` is the way to it from YAML.
+Knows modules and autograd; only :mod:`.schedule` knows Lightning. ``callbacks.DynamicStashing`` is the way to it from
+YAML.
 """
 
 from lowbit_lightning.stash.hooks import packed_by_hooks

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lowbit_lightning.stash.convolution import StashedConvolution
+from lowbit_lightning.stash.dropout import OneBitReLU, ReplayedDropout
 from lowbit_lightning.stash.linear import StashedLinear
 from lowbit_lightning.stash.precision import Kind
 from lowbit_lightning.stash.redirect import Redirect, activate, plain
@@ -61,7 +63,8 @@ class LinearForward(PatchedForward):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
-        weight, bias = self.module.weight, self.module.bias
+        module: Any = self.module
+        weight, bias = module.weight, module.bias
         if kwargs or len(args) != 1 or not plain(args[0], weight, bias):
             return self.original(*args, **kwargs)
         return self.compute(args[0], weight, bias)
@@ -95,6 +98,40 @@ class ActivationForward(PatchedForward):
         if kwargs or len(args) != 1 or not plain(args[0]):
             return self.original(*args, **kwargs)
         return activate(self.original, args[0], self.stash, self.name)
+
+
+class ReLUForward(PatchedForward):
+    """``nn.ReLU``."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function."""
+        if kwargs or len(args) != 1 or not plain(args[0]):
+            return self.original(*args, **kwargs)
+        return OneBitReLU.apply(args[0], self.stash)
+
+
+class DropoutForward(PatchedForward):
+    """``nn.Dropout``."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the dropout."""
+        p: Any = self.module.p
+        if not self.module.training or not 0 < p < 1 or kwargs or len(args) != 1 or not plain(args[0]):
+            return self.original(*args, **kwargs)
+        return ReplayedDropout.apply(args[0], p, self.stash)
+
+
+class ConvolutionForward(PatchedForward):
+    """Convolutions with zeros around, of one, two or three dimensions."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        module: Any = self.module
+        weight, bias = module.weight, module.bias
+        unbatched = len(args) == 1 and args[0].ndim != weight.ndim
+        if kwargs or len(args) != 1 or unbatched or not plain(args[0], weight, bias):
+            return self.original(*args, **kwargs)
+        return StashedConvolution.apply(args[0], weight, bias, module._conv_forward, module, self.stash, self.name)
 
 
 class RedirectedForward(PatchedForward):

@@ -26,7 +26,7 @@ def packed_by_hooks(stash: Stash) -> Iterator[None]:
     """
 
     def pack(x: Tensor) -> Tensor | Kept:
-        if stash.meter.is_own(x):
+        if stash.is_left(x):
             return x
         if stash.meter.measuring:
             stash.meter.would_keep(x, "other")

@@ -4,7 +4,6 @@ Logits are larger than all else where the vocabulary is large, and autograd keep
 are computed again in backward from the packed hidden states, some rows at a time.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,38 +98,18 @@ class StashedCrossEntropy(torch.autograd.Function):
         )
 
 
-class _Made:
-    """Which logits a head made last, and of what; a copied or pickled model knows of none."""
-
-    def __init__(self) -> None:
-        self.pair: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Made, ()
-
-    def note(self, logits: Tensor, x: Tensor | None) -> None:
-        self.pair = None if x is None else (weakref.ref(logits), weakref.ref(x))
-
-    def source_of(self, logits: Tensor) -> Tensor | None:
-        return self.pair[1]() if self.pair is not None and self.pair[0]() is logits else None
-
-
 class HeadForward(PatchedForward):
-    """The linear layer that makes logits; remembers what it made them of, for as long as both exist."""
-
-    def __init__(self, module: nn.Module, name: str, stash: Stash) -> None:
-        super().__init__(module, name, stash)
-        self._made = _Made()
+    """The linear layer that makes logits, which take along what they were made of."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
         logits = self.original(*args, **kwargs)
-        self._made.note(logits, args[0] if len(args) == 1 else None)
+        if len(args) == 1:
+            setattr(logits, _SOURCE, args[0])
         return logits
 
-    def source_of(self, logits: Tensor) -> Tensor | None:
-        """Return the hidden states that these very logits were made of."""
-        return self._made.source_of(logits)
+
+_SOURCE = "_lowbit_lightning_hidden_states"
 
 
 class CausalLoss:
@@ -138,13 +117,14 @@ class CausalLoss:
 
     Args:
         original: that loss.
-        head: the model's head.
+        head: the layer that makes its logits.
         stash: keeps hidden states.
         name: of the loss.
     """
 
-    def __init__(self, original: Callable[..., Tensor], head: HeadForward, stash: Stash, name: str) -> None:
-        self.original, self.head, self.stash, self.name = original, head, stash, name
+    def __init__(self, original: Callable[..., Tensor], head: nn.Module, stash: Stash, name: str) -> None:
+        self.original, self.stash, self.name = original, stash, name
+        self.head: Any = head
 
     def __call__(
         self,
@@ -167,8 +147,8 @@ class CausalLoss:
             shift_labels: labels, already moved by one token.
             kwargs: of the original.
         """
-        x = self.head.source_of(logits) if torch.is_grad_enabled() else None
-        weight, bias = self.head.module.weight, self.head.module.bias
+        x: Tensor | None = getattr(logits, _SOURCE, None) if torch.is_grad_enabled() else None
+        weight, bias = self.head.weight, self.head.bias
         if x is None or not plain(x, weight, bias) or logits.shape[-1] != vocab_size:
             return self.original(
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch,

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
+from torch.nn import functional
+from torch.nn.functional import dropout, gelu, linear, relu, scaled_dot_product_attention, silu
 from torch.overrides import TorchFunctionMode
 
+from lowbit_lightning.stash.dropout import OneBitReLU, ReplayedDropout
 from lowbit_lightning.stash.linear import StashedLinear
 from lowbit_lightning.stash.precision import Kind
 from lowbit_lightning.stash.replay import Operation, replay
@@ -95,6 +98,24 @@ class Redirect(TorchFunctionMode):
                 return replay(operation, self.stash, source.x, up, again=True)
         return None
 
+    def multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch's own code of ``nn.MultiheadAttention``, with the functions in here in place of those that it calls."""
+        return _rebound(functional.multi_head_attention_forward, self)(*args, **kwargs)
+
+    def relu(self, input: Tensor, inplace: bool = False) -> Tensor | None:
+        """ReLU that keeps bits."""
+        if "activation" not in self.kinds or inplace or not plain(input):
+            return None
+        result: Tensor = OneBitReLU.apply(input, self.stash)
+        return result
+
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+        """Dropout that keeps no mask."""
+        if "dropout" not in self.kinds or inplace or not training or not 0 < p < 1 or not plain(input):
+            return None
+        result: Tensor = ReplayedDropout.apply(input, p, self.stash)
+        return result
+
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """A linear layer that a module computes by itself."""
         if "linear" not in self.kinds or not plain(input, weight, bias):
@@ -141,6 +162,28 @@ def _repeat(x: Tensor, repeats: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
 
 
+def _rebound(function: Any, redirect: Redirect) -> Callable[..., Any]:
+    """Return a function of torch.nn.functional which calls what a redirection offers, where that applies.
+
+    A function written in Python hands itself over to the mode as a whole, and is on its own from there on.
+    """
+
+    def instead_of(name: str, stand_in: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = stand_in(*args, **kwargs)
+            return getattr(functional, name)(*args, **kwargs) if result is None else result
+
+        return call
+
+    names = vars(functional) | {"has_torch_function": lambda _: False}
+    for name in ("linear", "scaled_dot_product_attention", "dropout"):
+        stand_in = redirect.attention if name == "scaled_dot_product_attention" else getattr(redirect, name)
+        names[name] = instead_of(name, stand_in)
+    for name in ("_in_projection", "_in_projection_packed"):
+        names[name] = FunctionType(names[name].__code__, names, name, names[name].__defaults__)
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
 def plain(*tensors: Any) -> bool:
     """Whether these are ordinary tensors (or None) of which one takes part in a graph."""
     kinds = (Tensor, nn.Parameter, type(None))
@@ -154,4 +197,7 @@ _STAND_INS: dict[Any, Callable[..., Tensor | None]] = {
     torch.mul: Redirect.product,
     Tensor.mul: Redirect.product,
     linear: Redirect.linear,
+    relu: Redirect.relu,
+    functional.multi_head_attention_forward: Redirect.multi_head_attention,
+    dropout: Redirect.dropout,
 }

@@ -6,8 +6,7 @@ exact gradient at a slightly different point. For attention at 4 bits the error 
 are kept: neither output nor statistics.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit_lightning.stash.autocast import Autocast
+from lowbit_lightning.stash.generators import generator_state, same_draws
 from lowbit_lightning.stash.kept import Kept, restored
 from lowbit_lightning.stash.precision import Kind
 from lowbit_lightning.stash.stash import Stash
@@ -48,7 +48,7 @@ class Replayed(torch.autograd.Function):
         """Return what the operation makes of the tensors."""
         device = next(tensor.device for tensor in tensors if tensor is not None)
         ctx.autocast = Autocast.now(device)
-        state = _generator_state(device) if operation.random else None
+        state = generator_state(device) if operation.random else None
         with ctx.autocast.again():
             y = stash.meter.run(operation.kind, operation.function, *tensors)
         kept = keep_inputs(operation, stash, tensors)
@@ -56,6 +56,9 @@ class Replayed(torch.autograd.Function):
             stash.meter.kept_exactly(state, operation.kind)
         ctx.parts = [(len(one.tensors), one.restore) for one in kept]
         exact = tensors[operation.packed :]
+        for one in exact:
+            if one is not None and not isinstance(one, nn.Parameter):
+                stash.leave(one, operation.kind)
         ctx.save_for_backward(*(tensor for one in kept for tensor in one.tensors), *exact, state)
         ctx.operation, ctx.device, ctx.exact = operation, device, len(exact)
         return y
@@ -72,7 +75,7 @@ class Replayed(torch.autograd.Function):
             one if one is None else one.detach().requires_grad_(needed)
             for one, needed in zip(inputs, wanted, strict=True)
         ]
-        with torch.enable_grad(), ctx.autocast.again(), _same_draws(ctx.device, state):
+        with torch.enable_grad(), ctx.autocast.again(), same_draws(ctx.device, state):
             y = ctx.operation.function(*inputs)
         leaves = [one for one, needed in zip(inputs, wanted, strict=True) if needed]
         gradients = iter(torch.autograd.grad(y, leaves, dy, allow_unused=True))
@@ -135,30 +138,3 @@ class ModuleFunction:
             return self.forward(x)
         finally:
             own.update(before)
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def _set_generator_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _same_draws(device: torch.device, state: Tensor | None) -> Iterator[None]:
-    if state is None:
-        yield
-        return
-    now = _generator_state(device)
-    _set_generator_state(device, state)
-    try:
-        yield
-    finally:
-        _set_generator_state(device, now)

@@ -65,6 +65,7 @@ class Stash:
         self._purge_at = _ENTRIES_BEFORE_A_PURGE
         self._calls: Counter[str] = Counter()
         self._streams: dict[tuple[str, int], int] = {}
+        self._left: dict[int, StorageWeakRef] = {}
         self._latest: tuple[Tensor, Rule, torch.dtype | None, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stash":
@@ -90,6 +91,7 @@ class Stash:
         self.step = step
         self._calls.clear()
         self._entries.clear()
+        self._left.clear()
         self._latest = None
         self.meter.begin_step()
 
@@ -108,7 +110,10 @@ class Stash:
             return Kept((x,), Same())
         if recompute and (known := self._find(x, "recipe")) is not None:
             return known
-        return self.pack(x, kind, name, self.precision.of(kind))
+        if (format := self.precision.of(kind)) is None:
+            self.meter.kept_exactly(x, kind)
+            return Kept((x,), Same())
+        return self.pack(x, kind, name, format)
 
     def pack(self, x: Tensor, kind: Kind, name: str, format: BoxFormat) -> Kept:
         """Return a tensor packed in a given format; once only, if several operations ask for it."""
@@ -130,6 +135,15 @@ class Stash:
         if self.meter.measuring:
             self.meter.rounding(x, rule(tensors))
         return Kept(tensors, rule)
+
+    def leave(self, x: Tensor, kind: Kind) -> None:
+        """Keep a tensor as it is, such as a mask, and let no hooks pack it."""
+        self.meter.kept_exactly(x, kind)
+        self._left[x.untyped_storage()._cdata] = StorageWeakRef(x.untyped_storage())
+
+    def is_left(self, x: Tensor) -> bool:
+        """Whether an operation of ours keeps a tensor as it is, or packed it itself."""
+        return self.meter.is_own(x) or x.untyped_storage()._cdata in self._left
 
     def note(self, y: Tensor, parts: list[Kept], function: Callable[..., Tensor], autocast: Autocast) -> None:
         """Say that a tensor need not be kept, because it can be computed again from what is kept of others."""

@@ -1,5 +1,6 @@
 """Which modules get which forward, put on instances and taken off again; parameters and classes are never touched."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -10,11 +11,14 @@ from torch import nn
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.stash.forwards import (
     ActivationForward,
+    ConvolutionForward,
+    DropoutForward,
     ExemptForward,
     LinearForward,
     NormForward,
     PatchedForward,
     RedirectedForward,
+    ReLUForward,
     shards_itself,
 )
 from lowbit_lightning.stash.loss import CausalLoss, HeadForward, is_causal_loss
@@ -178,11 +182,18 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "norm"
     if isinstance(module, _ACTIVATIONS) or _is_from(module, "transformers.activations"):
         return None if getattr(module, "inplace", False) else "activation"
-    if type(module) in _CONVOLUTIONS:
-        return "convolution"
-    if "attention" in name.lower():
-        return "attention"
-    return None
+    if type(module) in (nn.ReLU, nn.Dropout):
+        kept_by: Kind = "dropout" if type(module) is nn.Dropout else "activation"
+        return None if getattr(module, "inplace", False) else kept_by
+    if isinstance(module, _CONVOLUTIONS) and type(module) in _CONVOLUTIONS:
+        return "convolution" if module.padding_mode == "zeros" and not isinstance(module.padding, str) else None
+    return "attention" if _is_attention(module) else None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module computes attention itself: it is called so, and none within it is."""
+    named = [one for one in module.modules() if "attention" in type(one).__name__.lower()]
+    return bool(named) and named[0] is module and len(named) == 1
 
 
 def _forward(
@@ -192,6 +203,12 @@ def _forward(
         return linear(module, name, stash)
     if kind == "norm":
         return NormForward(module, name, stash)
+    if kind == "convolution":
+        return ConvolutionForward(module, name, stash)
+    if kind == "dropout":
+        return DropoutForward(module, name, stash)
+    if type(module) is nn.ReLU and kind == "activation":
+        return ReLUForward(module, name, stash)
     if kind == "activation":
         return ActivationForward(module, name, stash)
     if kind == "attention" or isinstance(module, _LAYERS_OF_TORCH) or _gates(module):
@@ -211,12 +228,12 @@ def _patch_loss(model: Any, name: str, stash: Stash, patches: Patches) -> None:
         or isinstance(head.forward, ExemptForward)
     ):
         return
-    original = model.loss_function
-    if not is_causal_loss(original):
+    original, own = model.loss_function, inspect.unwrap(type(model).forward)
+    # Others compute a loss of their own.
+    if not is_causal_loss(original) or "loss_function" not in getattr(own, "__code__", own).co_names:
         return
-    forward = HeadForward(head, f"{name}.head", stash)
-    patches.put(forward)
-    patches.put_loss(model, CausalLoss(original, forward, stash, f"{name}.loss"))
+    patches.put(HeadForward(head, f"{name}.head", stash))
+    patches.put_loss(model, CausalLoss(original, head, stash, f"{name}.loss"))
     patches.counts["loss"] += 1
 
 
