@@ -1,13 +1,15 @@
 """DynamicStashing: what a forward pass keeps for backward, in few bits, on any LightningModule.
 
 DSQ (arXiv 2303.05295) names what is kept the *stash* and quantizes it. The paper simulates; here it is really packed,
-so memory really falls. In this mode forward is exact, to the bit, and only gradients see the rounding. The machinery is
-in :mod:`lowbit_lightning.stash`.
+so memory really falls. By default that is all: forward is exact, to the bit, and only gradients see the rounding. With
+``levels`` or ``preset`` the operands of the linear layers' GEMMs are quantized too, as in the paper. Either way bits
+rise while a run goes on. The machinery is in :mod:`lowbit_lightning.stash`.
 """
 
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +22,12 @@ from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
 from lowbit_lightning.spikes.recorder import axis_step
 from lowbit_lightning.stash import KINDS, Patches, Stash, StashPrecision, kinds_in, packed_by_hooks, patch
+from lowbit_lightning.stash.dsq_linear import DSQLinearForward, GemmPrecision
+from lowbit_lightning.stash.levels import PlateauRule, parse_levels
+from lowbit_lightning.stash.schedule import PrecisionSchedule
+
+MISSED_VALIDATION = "dynamic_stashing_missed_validation"
+"""Of a checkpoint: whether a validation followed it. No state, which a rollback would bring back."""
 
 
 class DynamicStashing(Callback):
@@ -34,11 +42,30 @@ class DynamicStashing(Callback):
     Logged every ``trainer.log_every_n_steps``: ``stash/raw_mb``, what autograd would have kept for the last batch, and
     ``stash/packed_mb``, what was kept, both counted on the tensors, in 10^6 bytes, also for each kind of tensor
     (``stash/packed_mb_linear``); ``stash/peak_mb``, the most that was kept packed at one moment; and ``stash/error``,
-    the relative error of rounding, √(Σ‖x − x̂‖² / Σ‖x‖²).
+    the relative error of rounding, √(Σ‖x − x̂‖² / Σ‖x‖²). Also ``dsq/level`` (from 0), its ``dsq/q0`` to ``dsq/q3``,
+    ``dsq/gradient_error``, that of one linear layer's weight, the layers taking turns, and, **modelled** by
+    :func:`~lowbit_lightning.kernels.dsq.linear_cost`, how many times less arithmetic and memory traffic than in 16 bits
+    the linear layers would have needed so far: ``dsq/arithmetic_ratio`` and ``dsq/dram_ratio``.
+
+    Precision rises one level when the monitored metric has stopped improving, and never falls; SpikeGuard's
+    ``raise_precision`` raises it too.
 
     Args:
-        stash_only: bits of what is kept, 2 to 8 or 16; inputs of norms, hidden states of the loss and what hooks pack
+        stash_only: bits of what is kept, 2 to 8, 16 or 32 (not packed), one number or one for each level, rising; null,
+            without ``levels`` and ``preset``, is [4, 8]. Inputs of norms, hidden states of the loss and what hooks pack
             get 8 at least.
+        levels: instead, [q0, q1, q2, q3] for each level: bits of both inputs of the forward GEMM, of what is kept, of
+            the operands of the backward GEMMs, and of the outgoing gradient; 32 is not quantized. Validation is exact.
+        preset: instead, ``paper``: [2, 2, 2, 16], [4, 4, 4, 16], [8, 4, 4, 16], [16, 4, 4, 16], for training from
+            scratch: 2 bits in forward destroy what a trained model knows.
+        monitor: metric that the validation logs, by which the level rises; needed where there are several levels.
+        mode: whether ``min`` or ``max`` of it is better.
+        patience: validations in a row without an improvement that it takes to rise.
+        min_delta: what counts as an improvement must be at least so large. In a run whose metric always improves a
+            little, above all one whose learning rate decays, it decides how long the lower levels last.
+        max_degradation: a validation that is worse than the best one by more than this share of it raises the level at
+            once.
+        max_gradient_error: a ``dsq/gradient_error`` above it raises the level at once.
         format: ``bfp``, block floating point, or ``affine``, levels between a minimum and a maximum: unbiased also at 2
             bits, where ``bfp`` clips; choose longer boxes with it.
         box: elements that share a scale, 16, 32, 64 or 128.
@@ -57,7 +84,15 @@ class DynamicStashing(Callback):
 
     def __init__(
         self,
-        stash_only: int = 4,
+        stash_only: int | list[int] | None = None,
+        levels: list[list[int]] | None = None,
+        preset: Literal["paper"] | None = None,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 1,
+        min_delta: float = 0.0,
+        max_degradation: float | None = None,
+        max_gradient_error: float | None = None,
         format: Literal["bfp", "affine"] = "bfp",
         box: Literal[16, 32, 64, 128] = 16,
         rounding: Literal["stochastic", "nearest"] = "stochastic",
@@ -66,7 +101,10 @@ class DynamicStashing(Callback):
         by_kind: dict[str, int] | None = None,
         seed: int = 0,
     ) -> None:
-        self.precision = StashPrecision(stash_only, format, box, rounding, cast(Any, by_kind or {}))
+        rule = PlateauRule(parse_levels(levels, preset, stash_only), mode, patience, min_delta, max_degradation)
+        self.schedule = PrecisionSchedule(rule, monitor, max_gradient_error)
+        self.precision = StashPrecision(rule.level.q1, format, box, rounding, cast(Any, by_kind or {}))
+        self.gemms = GemmPrecision(rule.level, box, format, rounding)
         self.include: Sequence[str] = KINDS if include is None else include
         self.exclude: Sequence[str] = exclude or []
         self.seed = seed
@@ -82,18 +120,26 @@ class DynamicStashing(Callback):
         module = self._module() if self._module is not None else None
         counts = kinds_in(module, self.include, self.exclude) if module is not None else {}
         active = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "what autograd saves"
-        return [("DynamicStashing", active, self.precision.describe())]
+        return [("DynamicStashing", active, f"{self.schedule.describe()}; now {self.precision.describe()}")]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember what is going to be trained."""
+        """Remember what is going to be trained, and start at the lowest level; a checkpoint is loaded later."""
         self._module = weakref.ref(pl_module)
+        if stage == "fit" and trainer.global_step == 0:
+            self.schedule.reset()
+            self._set_level()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put forwards on the modules, once all strategies have done with them."""
         _check(trainer, pl_module)
+        self.schedule.check(trainer)
         self._remove(trainer)
         self.stash = Stash(self.precision, self.seed, trainer.global_rank)
-        self.patches = patch(pl_module, self.stash, self.include, self.exclude)
+        self.gemms = GemmPrecision(
+            self.schedule.level, self.precision.box, self.precision.format, self.precision.rounding
+        )
+        linear = partial(DSQLinearForward, precision=self.gemms)
+        self.patches = patch(pl_module, self.stash, self.include, self.exclude, linear)
         plugin = trainer.precision_plugin
         inner = plugin.train_step_context
 
@@ -106,15 +152,17 @@ class DynamicStashing(Callback):
         plugin.train_step_context = train_step_context  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log from where the run starts or goes on."""
+        """Log from where the run starts or goes on, at the level that an uninterrupted run would have."""
         self._last_step = trainer.global_step
         self._told = False
+        self.schedule.catch_up(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a batch, whose noise is its own, within a window of accumulation too."""
         assert self.stash is not None
         self.stash.meter.measure_next = not self._told or self._is_logged(trainer)
         self.stash.begin_step(self._batches)
+        self.gemms.turn = trainer.global_step // max(1, cast(Any, trainer).log_every_n_steps)
         self._batches += 1
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +175,7 @@ class DynamicStashing(Callback):
     ) -> None:
         """Say once what it amounts to, and log."""
         assert self.stash is not None
+        self.schedule.spend(self.gemms)
         meter = self.stash.meter
         raw, packed = meter.raw_bytes.total(), meter.packed_bytes.total()
         if not self._told and packed:
@@ -145,9 +194,33 @@ class DynamicStashing(Callback):
         for name, counts in (("raw", meter.raw_bytes), ("packed", meter.packed_bytes)):
             scalars[f"stash/{name}_mb"] = counts.total() / MEGABYTE
             scalars |= {f"stash/{name}_mb_{kind}": size / MEGABYTE for kind, size in counts.items()}
+        scalars |= self.schedule.scalars()
+        error = None if self.gemms.gradient_error is None else float(self.gemms.gradient_error)
+        if error is not None:
+            scalars["dsq/gradient_error"] = error
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=axis_step(trainer))
+        self._rise(self.schedule.after_sample(trainer, error))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go one level up if it is time; a sanity check is no validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._rise(self.schedule.after_validation(trainer))
+
+    def raise_precision(self) -> bool:
+        """Go one level up for good, if there is one, and return whether there was; on every rank."""
+        raised = self.schedule.rule.rise(for_good=True)
+        self._set_level()
+        return raised
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether a validation follows that a resumed run would leave out."""
+        checkpoint[MISSED_VALIDATION] = self.schedule.validation_follows(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See to it that it is not left out."""
+        self.schedule.validation_missed = checkpoint.get(MISSED_VALIDATION, False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the modules their own forwards back."""
@@ -158,12 +231,24 @@ class DynamicStashing(Callback):
         self._remove(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches so far, which is the clock of the noise."""
-        return {"batches": self._batches}
+        """Return the level and how it came about, and the number of batches so far, the clock of the noise."""
+        return {"batches": self._batches, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
         self._batches = int(state_dict["batches"])
+        self.schedule.load_state_dict(state_dict["schedule"])
+        self._set_level()
+
+    def _rise(self, reason: str | None) -> None:
+        """Tell of a level that has risen, and use it."""
+        if reason is not None:
+            self._set_level()
+            rank_zero_info(f"DynamicStashing goes up to {self.schedule.level}: {reason}")
+
+    def _set_level(self) -> None:
+        self.precision.bits = self.schedule.level.q1
+        self.gemms.set_level(self.schedule.level)
 
     def _is_logged(self, trainer: Trainer) -> bool:
         """Whether the step that is being made is one that is logged."""

@@ -31,9 +31,9 @@ class GemmPrecision:
     Attributes:
         cost: modelled cost of the layers' passes since it was last set to zero.
         yardstick: what the same passes would cost in 16 bits.
-        turn: of which layer the gradient's error is sampled, in a step that is measured; see :meth:`take_turn`.
-        gradient_error: ‖dW − dW of exact operands‖ / ‖the latter‖ of the layer sampled last, for the dy that reached it,
-            as a 0-d tensor; None before.
+        turn: of which layer the gradient's error is sampled, in a step that is measured; see :meth:`is_sampled`.
+        gradient_error: ‖dW − dW of exact operands‖ / ‖the latter‖ of the layer sampled last, a 0-d tensor, for
+            the dy that reached it; None before.
     """
 
     def __init__(

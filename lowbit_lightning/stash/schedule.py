@@ -43,7 +43,7 @@ class PrecisionSchedule:
         self.max_gradient_error = max_gradient_error
         self._spent = self._yardstick = Cost(0.0, 0.0)
         self._validated_at = -1  # batches of the run when the last validation ended
-        self._missed = False
+        self.validation_missed = False
 
     @property
     def level(self) -> Level:
@@ -61,7 +61,7 @@ class PrecisionSchedule:
         """Start anew; what a checkpoint holds is loaded later."""
         self.rule.reset()
         self._spent = self._yardstick = Cost(0.0, 0.0)
-        self._validated_at, self._missed = -1, False
+        self._validated_at, self.validation_missed = -1, False
 
     def check(self, trainer: Trainer) -> None:
         """Look for what can be known to be wrong before the run.
@@ -87,15 +87,15 @@ class PrecisionSchedule:
                 )
         if not cast(Any, trainer).enable_validation:
             rank_zero_info(
-                f"DynamicStashing has {len(self.rule.levels)} levels, but there is no validation to go by: the run stays "
-                f"at {self.rule.levels[0]} unless something else asks for more precision."
+                f"DynamicStashing has {len(self.rule.levels)} levels, but there is no validation to go by: the run "
+                f"stays at {self.level} unless something else asks for more precision."
             )
 
     def catch_up(self, trainer: Trainer) -> None:
         """Run the validation that a checkpoint was saved just before; in ``on_train_start``."""
-        if not self._missed:
+        if not self.validation_missed:
             return
-        self._missed = False
+        self.validation_missed = False
         validation = trainer.fit_loop.epoch_loop.val_loop
         validation.restarting = False
         trainer.validating = True
@@ -108,7 +108,7 @@ class PrecisionSchedule:
         Raises:
             InvalidArgumentError: the metric was not logged.
         """
-        self._validated_at = _batches(trainer)
+        self._validated_at = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         if len(self.rule.levels) == 1:
             return None
         metrics = trainer.callback_metrics
@@ -149,31 +149,23 @@ class PrecisionSchedule:
             scalars["dsq/dram_ratio"] = self._yardstick.dram / self._spent.dram
         return scalars
 
-    def state_dict(self, trainer: Trainer | None) -> dict[str, Any]:
+    def validation_follows(self, trainer: Trainer) -> bool:
+        """Whether a batch is at its end, in its hooks, and Lightning will validate next: a resume would not."""
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        progress = loop.batch_progress.total
+        if fetcher is None or not progress.ready == progress.processed == progress.completed + 1:
+            return False
+        return self._validated_at != progress.ready and loop._should_check_val_fx(fetcher)
+
+    def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on, as plain values."""
         return {
             "rule": self.rule.state_dict(),
             "spent": list(self._spent),
             "yardstick": list(self._yardstick),
-            "validation_missed": trainer is not None
-            and self._validated_at != _batches(trainer)
-            and _validation_follows(trainer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
         self.rule.load_state_dict(state["rule"])
         self._spent, self._yardstick = Cost(*state["spent"]), Cost(*state["yardstick"])
-        self._missed = state["validation_missed"]
-
-
-def _batches(trainer: Trainer) -> int:
-    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
-
-
-def _validation_follows(trainer: Trainer) -> bool:
-    """Whether a batch is at its end, in its hooks, and Lightning will validate next."""
-    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    progress = loop.batch_progress.total
-    at_its_end = progress.ready == progress.processed == progress.completed + 1
-    return at_its_end and fetcher is not None and loop._should_check_val_fx(fetcher)
