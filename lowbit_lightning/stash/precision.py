@@ -68,6 +68,6 @@ class StashPrecision:
         return f"{self.bits} bits{rest}, {self.format}, boxes of {self.box}, {self.rounding} rounding"
 
 
-def _check(name: str, value: object, allowed: tuple[object, ...], where: str = "") -> None:
+def _check(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise InvalidArgumentError(f"{name}={value!r} is out of range: one of {', '.join(map(repr, allowed))}{where}")
+        raise InvalidArgumentError(f"{name}={value!r} is out of range: one of {', '.join(map(repr, allowed))}")
