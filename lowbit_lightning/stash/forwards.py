@@ -49,9 +49,17 @@ class PatchedForward:
 
 
 class ExemptForward(PatchedForward):
-    """Nothing within is packed."""
+    """Nothing within is packed, and no function called there is redirected."""
 
     exempt = True
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        before, self.stash.redirects = self.stash.redirects, False
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.stash.redirects = before
 
 
 class LinearForward(PatchedForward):

@@ -15,34 +15,38 @@ from lowbit_lightning.stash.precision import Kind
 # Nodes of autograd that hand on, cast or lay out anew what a parameter holds.
 _HANDED_ON = (
     "TBackward", "ToCopyBackward", "ViewBackward", "UnsafeViewBackward", "TransposeBackward", "PermuteBackward",
-    "AsStridedBackward", "ExpandBackward", "SliceBackward", "SplitBackward", "UnsqueezeBackward", "CloneBackward",
+    "AsStridedBackward", "ExpandBackward", "SliceBackward", "AliasBackward", "SplitBackward", "UnsqueezeBackward",
+    "CloneBackward",
 )  # fmt: skip
 
 
-def of_a_parameter(x: Tensor) -> bool:
-    """Whether a tensor is a parameter, a view or a cast of one: weights reach autograd as ``W.t()`` and in bf16."""
+def leaf_of(x: Tensor) -> Tensor | None:
+    """Return the leaf that a tensor is, or is a view or a cast of: weights reach autograd as ``W.t()`` and in bf16."""
     node = x.grad_fn
     while node is not None and node.name().startswith(_HANDED_ON):
         node = node.next_functions[0][0]
     if node is None:
-        return isinstance(x, nn.Parameter)
-    return isinstance(getattr(node, "variable", None), nn.Parameter)
+        return x
+    leaf: Tensor | None = getattr(node, "variable", None)
+    return leaf
 
 
 class Meter:
     """Counts a step's stash. What plain autograd would keep is measured on request, because it takes a graph.
 
     Attributes:
+        own_hook: the saved-tensor hook of the stash, if it is on.
         within: whether a function is being measured at this moment.
         measure_next: whether the next step is to be measured.
         measuring: whether this step is measured: what autograd would have kept, and the error of rounding.
         raw_bytes: by kind, what autograd would have kept; of the step that was measured last.
-        packed_bytes: by kind, what was kept in this step.
+        packed_bytes: by kind, what was kept in this step; of what is checkpointed, what lies between.
         live_bytes: what is being kept at this moment.
         peak_bytes: the most that was kept at one moment of this step.
     """
 
     def __init__(self) -> None:
+        self.own_hook: Callable[[Tensor], Any] | None = None
         self.measuring = False
         self.within = False
         self.measure_next = True
@@ -54,6 +58,15 @@ class Meter:
         self._seen: dict[int, StorageWeakRef] = {}
         self._kept: dict[int, StorageWeakRef] = {}
         self._own: set[int] = set()
+
+    def keeps(self) -> bool:
+        """Whether what is handed to autograd stays as it is until backward.
+
+        Not under hooks of somebody else: non-reentrant checkpointing throws saved tensors away and takes those of a
+        second run in their place, so both must save the same, whatever else happens to exist.
+        """
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return hooks is None or hooks[0] is self.own_hook
 
     def begin_step(self) -> None:
         """Start to count anew."""
@@ -69,7 +82,8 @@ class Meter:
     def packed(self, tensors: Sequence[Tensor], kind: Kind) -> None:
         """Count tensors that were made to be kept."""
         size = sum(tensor.nbytes for tensor in tensors)
-        self.packed_bytes[kind] += size
+        if self.keeps():
+            self.packed_bytes[kind] += size
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         for tensor in tensors:
@@ -80,7 +94,7 @@ class Meter:
     def kept_exactly(self, x: Tensor, kind: Kind) -> None:
         """Count a tensor that is kept as it is, once."""
         storage = x.untyped_storage()
-        if storage._cdata not in self._kept:
+        if storage._cdata not in self._kept and self.keeps():
             self._kept[storage._cdata] = StorageWeakRef(storage)
             self.packed_bytes[kind] += storage.nbytes()
 
@@ -101,7 +115,7 @@ class Meter:
 
     def run(self, kind: Kind, function: Callable[..., Tensor], *tensors: Any) -> Tensor:
         """Return what a function returns, without a graph; if this step is measured, count what one would keep."""
-        if not self.measuring:
+        if not self.measuring or not self.keeps():
             with torch.no_grad():
                 return function(*tensors)
         self.within = True
@@ -114,7 +128,7 @@ class Meter:
     def would_keep(self, x: Tensor, kind: Kind) -> Tensor:
         """Count a tensor that autograd would keep, and return it."""
         storage = x.untyped_storage()
-        if storage._cdata not in self._seen and not of_a_parameter(x):
+        if storage._cdata not in self._seen and not isinstance(leaf_of(x), nn.Parameter):
             self._seen[storage._cdata] = StorageWeakRef(storage)
             self.raw_bytes[kind] += storage.nbytes()
         return x.detach()

@@ -39,11 +39,14 @@ class Redirect(TorchFunctionMode):
     ) -> Any:
         """Run a function, or what stands in for it."""
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() and not self.stash.meter.within and (stand_in := _STAND_INS.get(func)) is not None:
+        if self._applies() and (stand_in := _STAND_INS.get(func)) is not None:
             result = stand_in(self, *args, **kwargs)
             if result is not None:
                 return result
         return func(*args, **kwargs)
+
+    def _applies(self) -> bool:
+        return torch.is_grad_enabled() and self.stash.redirects and not self.stash.meter.within
 
     def attention(
         self,

@@ -49,8 +49,10 @@ class Stash:
     Attributes:
         step: the clock of the noise.
         where: name of the module that runs.
-        exempt: whether what runs is to be left alone.
+        exempt: whether hooks are to leave alone what runs.
+        redirects: whether functions that are called are redirected to ones that pack.
         meter: counts bytes.
+        not_finite: module and operation of what hooks found not to be finite.
     """
 
     def __init__(self, precision: StashPrecision, seed: int = 0, rank: int = 0) -> None:
@@ -60,11 +62,13 @@ class Stash:
         self.step = 0
         self.where = ""
         self.exempt = False
+        self.redirects = True
         self.meter = Meter()
         self._entries: dict[tuple[Any, ...], _Entry] = {}
         self._purge_at = _ENTRIES_BEFORE_A_PURGE
         self._calls: Counter[str] = Counter()
         self._streams: dict[tuple[str, int], int] = {}
+        self.not_finite: set[tuple[str, str]] = set()
         self._left: dict[int, StorageWeakRef] = {}
         self._latest: tuple[Tensor, Rule, torch.dtype | None, Tensor] | None = None
 
@@ -167,10 +171,6 @@ class Stash:
         self._latest = (kept.tensors[0], kept.restore, dtype, value)
         return value
 
-    def finite(self, kept: Kept) -> bool:
-        """Whether what was packed is finite, where that can be told without waiting for a device."""
-        return kept.tensors[0].device.type != "cpu" or bool(kept.restore(kept.tensors).isfinite().all())
-
     def forget(self) -> None:
         """Let go of the tensor that was restored last, after a backward pass."""
         self._latest = None
@@ -182,7 +182,7 @@ class Stash:
         return (storage._cdata, tag, x.dtype, *View.of(x))
 
     def _find(self, x: Tensor, tag: object) -> Kept | None:
-        if x.is_inference():
+        if x.is_inference() or not self.meter.keeps():
             return None
         entry = self._entries.get(self._key(x, tag))
         if entry is None or entry.version != x._version or entry.storage.expired():
@@ -196,7 +196,7 @@ class Stash:
         return Kept(tensors, rule)
 
     def _enter(self, x: Tensor, tag: object, tensors: tuple[Tensor, ...], rule: Rule) -> None:
-        if x.is_inference():
+        if x.is_inference() or not self.meter.keeps():
             return
         if len(self._entries) >= self._purge_at:
             self._entries = {

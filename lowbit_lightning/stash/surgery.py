@@ -99,6 +99,12 @@ def patch(
         InvalidArgumentError: a kind or pattern that matches nothing.
     """
     chosen = _Chosen(root, include, exclude)
+    if "other" not in chosen.kinds and not any(packs and kind is not None for _, _, kind, packs in chosen):
+        found = ", ".join(sorted({kind for _, _, kind, _ in chosen if kind is not None})) or "none"
+        raise InvalidArgumentError(
+            f"include={list(include)!r}, exclude={list(exclude)!r} leave nothing to pack in {type(root).__name__}: "
+            f"the kinds of its modules are {found}"
+        )
     stash.exempt = bool(chosen.only) or "other" not in chosen.kinds
     patches = Patches()
     for name, module, kind, packs in chosen:
@@ -111,14 +117,6 @@ def patch(
     if "loss" in chosen.kinds:
         for name, model in chosen.modules:
             _patch_loss(model, name, stash, patches)
-    if not patches.counts and "other" not in chosen.kinds:
-        found = (
-            ", ".join(sorted({kind for _, module in chosen.modules if (kind := kind_of(module)) is not None})) or "none"
-        )
-        raise InvalidArgumentError(
-            f"include={list(include)!r}, exclude={list(exclude)!r} leave nothing to pack in {type(root).__name__}: "
-            f"the kinds of its modules are {found}"
-        )
     return patches
 
 

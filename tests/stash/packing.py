@@ -58,7 +58,7 @@ def stashing(module: nn.Module, bits: int, *, measure: bool = True, **settings: 
         patches.remove()
 
 
-def saved_bytes(run: Callable[[], Tensor], without: nn.Module) -> int:
+def saved_bytes(run: Callable[[], Tensor], without: nn.Module, stash: Stash | None = None) -> int:
     """What autograd keeps of a run, each storage once, without a module's parameters; an independent count."""
     parameters = {param.untyped_storage().data_ptr() for param in without.parameters()}
     alive: dict[int, Any] = {}
@@ -73,6 +73,8 @@ def saved_bytes(run: Callable[[], Tensor], without: nn.Module) -> int:
             alive[storage.data_ptr()] = storage
         return x
 
+    if stash is not None:
+        stash.meter.own_hook = pack
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = run()
     total = sum(storage.nbytes() for storage in alive.values())
