@@ -42,13 +42,11 @@ class Formats(NamedTuple):
 
 
 class Noises(NamedTuple):
-    """Noise for stochastic rounding, one for each tensor that is quantized here, not packed by the stash.
+    """Noise for stochastic rounding, one for each tensor of the backward pass that the stash does not pack.
 
     ``recomputed`` is for an x that the stash does not hold itself, because it is a function of what it does hold.
     """
 
-    forward_input: Noise | None = None
-    forward_weight: Noise | None = None
     input_gradient: Noise | None = None
     backward_weight: Noise | None = None
     weight_gradient: Noise | None = None
@@ -59,8 +57,18 @@ class Noises(NamedTuple):
 def formats(
     bits: Bits, box: int, kind: Literal["bfp", "affine"], rounding: Literal["nearest", "stochastic"]
 ) -> Formats:
-    """Return the formats of [q0, q1, q2, q3]. There is no affine code of 16 bits: block floating point serves there."""
-    return Formats(*(None if q == OFF else BoxFormat(q, box, "bfp" if q == 16 else kind, rounding) for q in bits))
+    """Return the formats of [q0, q1, q2, q3].
+
+    Forward rounds to nearest whatever ``rounding`` says: a rounding error there is not averaged out over steps, as one
+    of a gradient is, and to nearest it is smaller. Affine codes of 16 bits do not exist: block floating point serves.
+    """
+    roundings = ("nearest", rounding, rounding, rounding)
+    return Formats(
+        *(
+            None if q == OFF else BoxFormat(q, box, "bfp" if q == 16 else kind, how)
+            for q, how in zip(bits, roundings, strict=True)
+        )
+    )
 
 
 def noise_streams(name: str) -> tuple[int, ...]:
@@ -69,17 +77,14 @@ def noise_streams(name: str) -> tuple[int, ...]:
 
 
 def noises(seed: int, streams: tuple[int, ...], step: int) -> Noises:
-    """Return the noise of one step.
-
-    A forward pass that is computed again in the same step, for gradient checkpointing, gets the same noise.
-    """
+    """Return the noise of one step."""
     return Noises(*((seed, stream, step) for stream in streams))
 
 
-def forward(x: Tensor, weight: Tensor, formats: Formats, noises: Noises) -> Tensor:
+def forward(x: Tensor, weight: Tensor, formats: Formats) -> Tensor:
     """Return y (M, N) of x (M, K) and weight (N, K), without a bias."""
-    x = quantized(x, formats.q0, noises.forward_input, -1)
-    return x @ quantized(weight, formats.q0, noises.forward_weight, -1).T
+    x = quantized(x, formats.q0, None, -1)
+    return x @ quantized(weight, formats.q0, None, -1).T
 
 
 def input_gradient(grad: Tensor, weight: Tensor, formats: Formats, noises: Noises) -> Tensor:
@@ -114,8 +119,8 @@ def reference(
         formats: of the other operands.
         noises: of every tensor that is quantized here.
     """
-    q0x = quantized(x, formats.q0, noises.forward_input, -1).double()
-    q0w = quantized(weight, formats.q0, noises.forward_weight, -1).double()
+    q0x = quantized(x, formats.q0, None, -1).double()
+    q0w = quantized(weight, formats.q0, None, -1).double()
     q2w = quantized(weight, formats.q2, noises.backward_weight, 0).double()
     over_outputs = quantized(grad, formats.q2, noises.input_gradient, -1).double()
     over_tokens = quantized(grad, formats.q2, noises.weight_gradient, 0).double()

@@ -101,7 +101,7 @@ class DSQLinear(torch.autograd.Function):
             bias: (out,) or None.
             transposed: as in GPT-2's ``Conv1D``.
             formats: of the operands.
-            noises: for them.
+            noises: for those of the backward pass.
             stash: keeps x.
             name: of the layer.
 
@@ -111,7 +111,7 @@ class DSQLinear(torch.autograd.Function):
         if stash.meter.measuring:
             stash.meter.run("linear", conv1d if transposed else linear, x, weight, bias)
         matrix = weight.T if transposed else weight
-        y = dsq.forward(x.reshape(-1, x.shape[-1]), matrix, formats, noises)
+        y = dsq.forward(x.reshape(-1, x.shape[-1]), matrix, formats)
         y = y if bias is None else y + bias.to(y.dtype)
         kept = stash.keep(x, "linear", name) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *(kept.tensors if kept else ()))

@@ -46,7 +46,7 @@ def in_boxes(x: Tensor, bits: int, axis: int) -> Tensor:
 def test_each_gemm_reads_what_its_place_says_in_boxes_along_its_sum() -> None:
     x, weight, grad = operands()
     places, none = formats((4, 8, 3, 6), 16, "bfp", "nearest"), Noises()
-    y = forward(x, weight, places, none)
+    y = forward(x, weight, places)
     assert torch.allclose(y.double(), in_boxes(x, 4, 1) @ in_boxes(weight, 4, 1).T, atol=1e-5)
     dw = weight_gradient(grad, x, places, none)
     assert torch.allclose(dw.double(), in_boxes(grad, 3, 0).T @ x.double(), atol=1e-5)
@@ -63,7 +63,7 @@ def test_float64_agrees(bits: tuple[int, int, int, int], kind: str) -> None:
     noise = noises(7, noise_streams("layer"), 3)
     y, dx, dw = reference(x, weight, grad, x, places._replace(q3=None), noise)
     exact = places._replace(q3=None)
-    assert torch.allclose(forward(x, weight, exact, noise).double(), y, atol=1e-4)
+    assert torch.allclose(forward(x, weight, exact).double(), y, atol=1e-4)
     assert torch.allclose(input_gradient(grad, weight, exact, noise).double(), dx, atol=1e-4)
     assert torch.allclose(weight_gradient(grad, x, exact, noise).double(), dw, atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_off_everywhere_is_the_plain_layer() -> None:
     x, weight, grad = operands()
     places = formats((OFF, OFF, OFF, OFF), 16, "bfp", "nearest")
     assert places == Formats(None, None, None, None)
-    assert torch.equal(forward(x, weight, places, Noises()), x @ weight.T)
+    assert torch.equal(forward(x, weight, places), x @ weight.T)
     assert torch.equal(input_gradient(grad, weight, places, Noises()), grad @ weight)
     assert torch.equal(weight_gradient(grad, x, places, Noises()), grad.T @ x)
 
@@ -87,6 +87,11 @@ def test_stochastic_gradients_average_to_the_exact_ones() -> None:
     assert errors[0] > 0.2
     assert errors[1] < errors[0] / 3
     assert errors[2] < errors[0] / 12
+
+
+def test_forward_rounds_to_nearest_and_what_is_backward_as_asked() -> None:
+    places = formats((4, 4, 4, 16), 16, "bfp", "stochastic")
+    assert [format.rounding for format in places if format] == ["nearest", "stochastic", "stochastic", "stochastic"]
 
 
 def test_tensors_do_not_share_noise() -> None:
