@@ -43,6 +43,7 @@ from .block_float_formats import (
     Noise,
     Packed,
     check_input,
+    empty_packed,
     matrix_shape,
 )
 from .block_float_reference import pack_reference, quantize_reference, unpack_reference
@@ -55,6 +56,7 @@ __all__ = [
     "BoxFormat",
     "Noise",
     "Packed",
+    "empty_packed",
     "matrix_shape",
     "pack",
     "pack_reference",
@@ -141,7 +143,7 @@ def _pack(x: Tensor, format: BoxFormat, noise: Noise | None) -> Packed:
     if run is None:
         return pack_reference(x, format, noise)
     rows, columns = matrix_shape(x.shape)
-    packed = _empty_packed(x, format)
+    packed = empty_packed(x, format)
     run(format, (rows, columns, 1), noise, x=x.contiguous(), packed=packed)
     return packed
 
@@ -167,14 +169,6 @@ def _quantize(x: Tensor, format: BoxFormat, noise: Noise | None, axis: int) -> T
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     run(format, (math.prod(shape[:axis]) * inner, columns, inner), noise, x=x.contiguous(), out=out)
     return out
-
-
-def _empty_packed(x: Tensor, format: BoxFormat) -> Packed:
-    rows, columns = matrix_shape(x.shape)
-    codes = x.new_empty((rows, format.row_bytes(columns)), dtype=torch.uint8)
-    if format.kind == "bfp":
-        return Packed(codes, x.new_empty((rows, format.boxes(columns)), dtype=torch.uint8))
-    return Packed(codes, x.new_empty((rows, format.boxes(columns), 2), dtype=torch.bfloat16))
 
 
 # ---- operators for torch.compile --------------------------------------------------------------------------------
@@ -224,7 +218,7 @@ def _quantize_operator(x: Tensor, bits: int, box: int, affine: bool, noise: Tens
 
 @_pack_operator.register_fake
 def _(x: Tensor, bits: int, box: int, affine: bool, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    packed = _empty_packed(x, _format(bits, box, affine))
+    packed = empty_packed(x, _format(bits, box, affine))
     return packed.codes, packed.scales
 
 

@@ -83,6 +83,15 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape[:-1]), (shape[-1] if len(shape) else 1)
 
 
+def empty_packed(x: Tensor, format: BoxFormat) -> Packed:
+    """Return room for a tensor that is going to be packed, beside it."""
+    rows, columns = matrix_shape(x.shape)
+    codes = x.new_empty((rows, format.row_bytes(columns)), dtype=torch.uint8)
+    if format.kind == "bfp":
+        return Packed(codes, x.new_empty((rows, format.boxes(columns)), dtype=torch.uint8))
+    return Packed(codes, x.new_empty((rows, format.boxes(columns), 2), dtype=torch.bfloat16))
+
+
 def _check(name: str, value: object, allowed: tuple[object, ...], where: str = "") -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is out of range: one of {', '.join(map(repr, allowed))}{where}")
