@@ -274,9 +274,6 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
                 f"the optimizer is {type(optimizer).__name__}, which has no backward pass to keep anything for: remove "
                 "DynamicStashing"
             )
-    callbacks: list[Callback] = cast(Any, trainer).callbacks
-    if sum(isinstance(one, DynamicStashing) for one in callbacks) > 1:
-        raise InvalidArgumentError("there are two DynamicStashing callbacks: give one all settings")
     for name, module in pl_module.named_modules():
         compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
         if compiled or (module is pl_module and getattr(pl_module, "_compiler_ctx", None) is not None):

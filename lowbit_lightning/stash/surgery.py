@@ -122,7 +122,8 @@ def patch(
 
 def kinds_in(root: nn.Module, include: Sequence[str] = KINDS, exclude: Sequence[str] = ()) -> Counter[Kind]:
     """Return how many modules of each kind :func:`patch` would patch."""
-    return Counter(kind for _, _, kind, packs in _Chosen(root, include, exclude) if packs and kind is not None)
+    found = Counter(kind for _, _, kind, packs in _Chosen(root, include, exclude) if packs and kind is not None)
+    return Counter({kind: found[kind] for kind in KINDS if found[kind]})
 
 
 class _Chosen:
