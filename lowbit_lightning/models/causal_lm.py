@@ -51,6 +51,7 @@ class CausalLM(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model: Any = load_model(AutoModelForCausalLM, config, pretrained, attn_implementation)
+        self.model.loss_type = "ForCausalLM"  # which the names of some classes do not tell transformers
         self.model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes as they are
         if gradient_checkpointing:
             # transformers renamed it in the course of version 5.

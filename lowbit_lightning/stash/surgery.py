@@ -217,7 +217,7 @@ def _forward(
 
 def _patch_loss(model: Any, name: str, stash: Stash, patches: Patches) -> None:
     """Let a Hugging Face language model keep no logits, if its head is a linear layer of which its loss is made."""
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
+    if not hasattr(model, "get_output_embeddings") or not hasattr(type(model), "loss_function"):
         return
     head = model.get_output_embeddings()
     if (
