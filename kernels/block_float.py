@@ -43,6 +43,7 @@ from .block_float_formats import (
     Noise,
     Packed,
     check_input,
+    check_packed,
     empty_packed,
     matrix_shape,
 )
@@ -97,7 +98,11 @@ def unpack(packed: Packed, format: BoxFormat, shape: Sequence[int], dtype: torch
 
     Returns:
         A contiguous tensor of this shape and dtype.
+
+    Raises:
+        ValueError: ``packed`` is not of this shape and format.
     """
+    check_packed(packed, format, shape)
     if _is_traced(packed.codes):
         values: Tensor = _unpack_operator(*packed, *_settings(format), list(shape), dtype)
         return values
@@ -118,9 +123,12 @@ def quantize(x: Tensor, format: BoxFormat, noise: Noise | Tensor | None = None, 
 
     Raises:
         ValueError: noise that is missing or not wanted.
+        IndexError: there is no such axis.
         TypeError: a tensor of another dtype.
     """
     check_input(x, format, noise)
+    if not -max(x.ndim, 1) <= axis < max(x.ndim, 1):
+        raise IndexError(f"axis={axis} is out of range: a tensor of shape {tuple(x.shape)} has no such axis")
     if _is_traced(x):
         values: Tensor = _quantize_operator(x, *_settings(format), _as_tensor(noise), axis)
         return values

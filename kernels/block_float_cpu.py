@@ -62,4 +62,4 @@ def load_library() -> ctypes.CDLL | None:
 
 def build_library(folder: Path) -> Path:
     """Return the path of the library in ``folder``, compiled unless it is there already."""
-    return build("block_float", ("elements.h", "workers.h"), {}, folder)
+    return build("block_float", ("block_float_codec.h", "elements.h", "workers.h"), {}, folder)

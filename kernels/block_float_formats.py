@@ -105,3 +105,17 @@ def check_input(x: Tensor, format: BoxFormat, noise: "Noise | Tensor | None") ->
         raise ValueError("noise=None is out of range for stochastic rounding: give (seed, stream, step)")
     if format.rounding == "nearest" and noise is not None:
         raise ValueError(f"noise={noise} has no use when rounding to nearest: leave it out")
+
+
+def check_packed(packed: Packed, format: BoxFormat, shape: Sequence[int]) -> None:
+    """Raise the error of :func:`.block_float.unpack`: what is of another size would be read beyond its end."""
+    rows, columns = matrix_shape(shape)
+    codes, boxes = (rows, format.row_bytes(columns)), (rows, format.boxes(columns))
+    scales = boxes if format.kind == "bfp" else (*boxes, 2)
+    scale_dtype = torch.uint8 if format.kind == "bfp" else torch.bfloat16
+    found = tuple(packed.codes.shape), tuple(packed.scales.shape), packed.codes.dtype, packed.scales.dtype
+    if found != (codes, scales, torch.uint8, scale_dtype):
+        raise ValueError(
+            f"packed tensors of shapes {found[0]} and {found[1]}, {found[2]} and {found[3]}, are not what a tensor of "
+            f"shape {tuple(shape)} becomes with {format}: shapes {codes} and {scales}, torch.uint8 and {scale_dtype}"
+        )

@@ -1,6 +1,6 @@
 """The part of ``bench stash`` that wants a process of its own for each way: the peak of memory of a step.
 
-Two batches, one twice as large as the other, tell what a sample takes. On Linux the C library is told to give freed
+Two batches, one half as large as the other, tell what a sample takes. On Linux the C library is told to give freed
 blocks of more than a megabyte back at once, see :mod:`.bench_zo_memory`.
 """
 
@@ -19,7 +19,7 @@ from .bench_measure import transient_bytes
 from .bench_stash_contenders import WAYS, Contender
 
 _TIMEOUT = 900  # seconds
-_PEAKS = 3
+_PEAKS = 2
 _THRESHOLD = 2**20  # bytes
 
 
@@ -51,7 +51,7 @@ def memory(name: str, workload: GuardWorkload, device: str) -> dict[str, Any]:
     """
     contender = Contender(WAYS[name], workload, device)
     peaks: list[int | None] = []
-    for batch_size in (workload.batch, 2 * workload.batch):
+    for batch_size in (workload.batch // 2, workload.batch):
         one = replace(workload, batch=batch_size).batches(1)[0]
         batch = {key: value.to(device) for key, value in one.items()}
         contender.step(batch)  # gradients exist from here on
@@ -67,7 +67,7 @@ def memory(name: str, workload: GuardWorkload, device: str) -> dict[str, Any]:
     small, large = peaks
     if small is None or large is None:
         return {"weights": weights, "peak": None, "sample": None}
-    return {"weights": weights, "peak": small, "sample": (large - small) / workload.batch}
+    return {"weights": weights, "peak": large, "sample": (large - small) / (workload.batch - workload.batch // 2)}
 
 
 def largest_batch(found: dict[str, Any], batch: int, available: float) -> int | None:

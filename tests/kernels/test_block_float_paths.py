@@ -1,6 +1,5 @@
 """Packing by the compiled path, by Triton and under torch.compile equals the reference bit for bit."""
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -31,14 +30,6 @@ FORMATS += [BoxFormat(bits, 16, kind, "nearest") for kind in ("bfp", "affine") f
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def filled(shape: tuple[int, ...], dtype: torch.dtype, special: bool = True) -> Tensor:
     """Values of many magnitudes, with runs of zeros, the largest numbers, subnormals and some that are not finite."""
     limit = torch.finfo(dtype).max
@@ -64,7 +55,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_the_compiled_path_is_the_reference(format: BoxFormat, threads: int) -> None:
+def test_the_compiled_path_is_the_reference(format: BoxFormat) -> None:
     assert block_float_cpu.load_library() is not None
     noise = noise_for(format)
     shapes = [(), (5,), (3, 7, 100), (0, 4), (4, 0), (2, 64), (3, 2500), (40, 1024), (150, 20)]
@@ -78,8 +69,23 @@ def test_the_compiled_path_is_the_reference(format: BoxFormat, threads: int) -> 
         assert same(quantize(x, format, noise), values), (shape, dtype)
 
 
+@pytest.mark.parametrize("format", [BoxFormat(3), BoxFormat(4, 128, "affine")], ids=str)
+@pytest.mark.parametrize("shape", [(100_001,), (300, 1000), (50_000, 3)])
+def test_threads_share_the_work_and_change_nothing(shape: tuple[int, ...], format: BoxFormat) -> None:
+    x = filled(shape, torch.float32)
+    alone, columns = pack(x, format, NOISE), quantize(x, format, NOISE, 0)
+    torch.set_num_threads(2)  # not for the reference: torch's own threads wait for each other on a busy machine
+    together = pack(x, format, NOISE)
+    values, along = unpack(together, format, shape, x.dtype), quantize(x, format, NOISE, 0)
+    torch.set_num_threads(1)
+    assert torch.equal(together.codes, alone.codes)
+    assert same(together.scales, alone.scales)
+    assert same(values, unpack_reference(alone, format, shape, x.dtype))
+    assert same(along, columns)
+
+
 @pytest.mark.parametrize("format", FORMATS[::3], ids=str)
-def test_the_compiled_path_quantizes_along_any_axis(format: BoxFormat, threads: int) -> None:
+def test_the_compiled_path_quantizes_along_any_axis(format: BoxFormat) -> None:
     for shape, dtype in product([(300,), (150, 20), (2, 130, 3), (3, 5, 33)], DTYPES):
         x = filled(shape, dtype)
         for axis in range(-len(shape), len(shape)):
@@ -167,3 +173,15 @@ def test_noise_is_asked_for_exactly_where_it_is_used(function: object) -> None:
         TypeError, match=r"cannot quantize a tensor of torch\.float64: it must be one of torch\.float32"
     ):
         function(x.double(), BoxFormat(4), (1, 2, 3))
+
+
+def test_what_would_be_read_beyond_its_end_is_refused() -> None:
+    x, format = torch.randn(4, 32), BoxFormat(4)
+    packed = pack(x, format, NOISE)
+    for other, shape in ((format, (4, 48)), (format, (5, 32)), (BoxFormat(8), (4, 32)), (BoxFormat(4, 32), (4, 32))):
+        with pytest.raises(ValueError, match=r"are not what a tensor of shape .* becomes with BoxFormat"):
+            unpack(packed, other, shape, x.dtype)
+    with pytest.raises(ValueError, match=r"and torch\.bfloat16"):
+        unpack(packed, BoxFormat(4, 16, "affine"), x.shape, x.dtype)
+    with pytest.raises(IndexError, match=r"axis=2 is out of range: a tensor of shape \(4, 32\) has no such axis"):
+        quantize(x, format, NOISE, axis=2)
