@@ -38,7 +38,7 @@ class PatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; what stashes nothing is none of our business."""
-        if not torch.is_grad_enabled() or self.stash.meter.within:
+        if not torch.is_grad_enabled() or self.stash.meter.within or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
         with self.stash.place(self.name, self.exempt):
             return self.run(*args, **kwargs)

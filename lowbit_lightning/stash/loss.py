@@ -105,7 +105,7 @@ class HeadForward(PatchedForward):
         """Run the layer."""
         logits = self.original(*args, **kwargs)
         if len(args) == 1:
-            setattr(logits, _SOURCE, args[0])
+            setattr(logits, _SOURCE, (args[0], (args[0]._version, logits._version)))
         return logits
 
 
@@ -147,9 +147,11 @@ class CausalLoss:
             shift_labels: labels, already moved by one token.
             kwargs: of the original.
         """
-        x: Tensor | None = getattr(logits, _SOURCE, None) if torch.is_grad_enabled() else None
+        source: tuple[Any, Any] = getattr(logits, _SOURCE, (None, None)) if torch.is_grad_enabled() else (None, None)
+        x, versions = source
         weight, bias = self.head.weight, self.head.bias
-        if x is None or not plain(x, weight, bias) or logits.shape[-1] != vocab_size:
+        changed = x is None or versions != (x._version, logits._version)
+        if changed or not plain(x, weight, bias) or logits.shape[-1] != vocab_size:
             return self.original(
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch,
                 ignore_index=ignore_index, shift_labels=shift_labels, **kwargs,

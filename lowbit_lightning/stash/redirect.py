@@ -46,7 +46,8 @@ class Redirect(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _applies(self) -> bool:
-        return torch.is_grad_enabled() and self.stash.redirects and not self.stash.meter.within
+        compiling = torch.compiler.is_compiling()  # a function of the module's own: it keeps what its compiler decides
+        return torch.is_grad_enabled() and self.stash.redirects and not self.stash.meter.within and not compiling
 
     def attention(
         self,
@@ -96,7 +97,12 @@ class Redirect(TorchFunctionMode):
             return None
         for gate, up in (factors, factors[::-1]):
             source: Gate | None = getattr(gate, _GATE, None)
-            if source is not None and gate.shape == up.shape and up.requires_grad:
+            if (
+                source is not None
+                and source.versions == (source.x._version, gate._version)
+                and gate.shape == up.shape
+                and up.requires_grad
+            ):
                 operation = Operation(_Gated(source.function), 2, "activation", f"{self.name}.gate")
                 return replay(operation, self.stash, source.x, up, again=True)
         return None
@@ -128,16 +134,17 @@ class Redirect(TorchFunctionMode):
 
 
 class Gate(NamedTuple):
-    """What an activation function's output was made of; goes with the output, for as long as that exists."""
+    """What an activation function's output was made of, while neither changes; goes with the output."""
 
     function: Callable[[Tensor], Tensor]
     x: Tensor
+    versions: tuple[int, int]
 
 
 def activate(function: Callable[[Tensor], Tensor], x: Tensor, stash: Stash, name: str) -> Tensor:
     """Run an activation function that keeps its input packed, and keeps nothing if its output only gates another."""
     y = replay(Operation(function, 1, "activation", f"{name}.activation"), stash, x, again=True)
-    setattr(y, _GATE, Gate(function, x))
+    setattr(y, _GATE, Gate(function, x, (x._version, y._version)))
     return y
 
 

@@ -98,6 +98,10 @@ def test_logits_that_are_not_the_heads_own_go_to_the_original(model: Any, ids: T
         expected = model.loss_function(logits * 1.0, ids, VOCABULARY)
         assert "StashedCrossEntropy" not in str(expected.grad_fn.next_functions)
         assert model.loss_function(logits, ids, VOCABULARY).item() == pytest.approx(expected.item(), rel=1e-6)
+        logits = model(input_ids=ids).logits
+        logits *= 2.0
+        halved = model.loss_function(logits / 2.0, ids, VOCABULARY)
+        assert model.loss_function(logits, ids, VOCABULARY).item() != pytest.approx(halved.item(), rel=1e-3)
         with torch.no_grad():
             assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert "_loss_function" not in vars(model)

@@ -227,6 +227,28 @@ def test_a_copy_of_a_model_that_is_being_trained_runs_on_its_own() -> None:
     assert gradients(twin).any()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
+def test_a_function_that_is_compiled_within_a_module_keeps_what_its_compiler_decides() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            self.function = torch.compile(lambda x: nn.functional.gelu(x) * x, backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.function(self.layer(x))
+            return hidden
+
+    model, x = nn.Sequential(nn.LayerNorm(64), Attention()), torch.randn(4, 32, 64)
+    plain = backward(model, lambda: model(x).square().mean())
+    with stashing(model, 8) as (stash, _):
+        found = backward(model, lambda: model(x).square().mean(), stash)
+        assert stash.meter.packed_bytes["activation"] == 0
+        assert stash.meter.packed_bytes["norm"] > 0
+    assert found[0] == plain[0]
+    assert relative_error(found[1], plain[1]) < 0.02
+
+
 def test_accumulated_gradients_add_up() -> None:
     model = prepared(llama)
     with stashing(model, 4, rounding="nearest") as (stash, _):

@@ -63,6 +63,15 @@ class Gated(nn.Module):
         return self.down(self.up(x) * gate if self.swapped else gate * self.up(x))
 
 
+class ChangedGate(Gated):
+    """What the activation function made is no longer there when it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.activation(self.gate(x))
+        gate += 1.0
+        return self.down(gate * self.up(x))
+
+
 class SelfAttention(nn.Module):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
@@ -92,6 +101,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Dropout(0.3),
     "norm and linear": lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.GELU()),
     "swiglu": lambda: Gated(nn.SiLU()),
+    "a gate that is changed": lambda: ChangedGate(nn.SiLU()),
     "geglu": lambda: Gated(nn.GELU(), swapped=True),
     "attention": Attention,
     "causal attention": lambda: Attention(is_causal=True, scale=0.3),
