@@ -24,6 +24,7 @@ from .block_float import BoxFormat, Noise, quantize
 from .philox import stream_id
 
 Bits = tuple[int, int, int, int]
+Rounding = Literal["nearest", "stochastic"]
 
 OFF = 32
 """Bits that stand for a tensor that is not quantized."""
@@ -54,21 +55,17 @@ class Noises(NamedTuple):
     recomputed: Noise | None = None
 
 
-def formats(
-    bits: Bits, box: int, kind: Literal["bfp", "affine"], rounding: Literal["nearest", "stochastic"]
-) -> Formats:
+def formats(bits: Bits, box: int, kind: Literal["bfp", "affine"], rounding: Rounding) -> Formats:
     """Return the formats of [q0, q1, q2, q3].
 
     Forward rounds to nearest whatever ``rounding`` says: a rounding error there is not averaged out over steps, as one
     of a gradient is, and to nearest it is smaller. Affine codes of 16 bits do not exist: block floating point serves.
     """
-    roundings = ("nearest", rounding, rounding, rounding)
-    return Formats(
-        *(
-            None if q == OFF else BoxFormat(q, box, "bfp" if q == 16 else kind, how)
-            for q, how in zip(bits, roundings, strict=True)
-        )
-    )
+
+    def format(q: int, rounding: Rounding) -> BoxFormat | None:
+        return None if q == OFF else BoxFormat(q, box, "bfp" if q == 16 else kind, rounding)
+
+    return Formats(format(bits[0], "nearest"), *(format(q, rounding) for q in bits[1:]))
 
 
 def noise_streams(name: str) -> tuple[int, ...]:

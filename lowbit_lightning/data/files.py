@@ -131,7 +131,7 @@ def _read_table(path: str, fields: Mapping[str, str], split: Any, remedy: str) -
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = split(file, strict=True)
         try:
-            names = next(rows, [])
+            names: list[str] = next(rows, [])
             _check_names(f"'{path}': no column", "Columns", names, fields)
             positions = [names.index(field) for field in fields.values()]
             for row in rows:

@@ -152,7 +152,7 @@ class PrecisionSchedule:
     def validation_follows(self, trainer: Trainer) -> bool:
         """Whether a batch is at its end, in its hooks, and Lightning will validate next: a resume would not."""
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        progress = loop.batch_progress.total
+        progress: Any = loop.batch_progress.total  # annotated as a base class
         if fetcher is None or not progress.ready == progress.processed == progress.completed + 1:
             return False
         return self._validated_at != progress.ready and loop._should_check_val_fx(fetcher)

@@ -186,6 +186,7 @@ def test_the_validation_at_an_epochs_end_is_made_up_for_too(tmp_path: Path) -> N
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
+@pytest.mark.long
 def test_the_level_changes_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -197,6 +198,29 @@ def test_the_level_changes_at_the_same_step_on_all_ranks(tmp_path: Path) -> None
     assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
     assert "monitor='val_loss' was not logged" in first[3]
     assert "monitor='val_loss' was not logged" in second[3]
+
+
+def test_rank_zero_decides() -> None:
+    """Without processes: a strategy that hands out what rank 0 has seen."""
+
+    class Told:
+        def __init__(self, of_rank_zero: float | None) -> None:
+            self.of_rank_zero = of_rank_zero
+
+        def broadcast(self, own: float | None) -> float | None:
+            return self.of_rank_zero
+
+    run = trainer()
+    run.callback_metrics["val_loss"] = torch.tensor(1.0)
+    schedule = DynamicStashing(levels=LEVELS, max_gradient_error=0.5).schedule
+    for decides, level in ((3.0, 0), (2.0, 0), (2.5, 1)):
+        run.strategy.broadcast = Told(decides).broadcast  # type: ignore[method-assign, assignment]
+        schedule.after_validation(run)
+        assert schedule.rule.index == level
+    assert schedule.after_sample(run, 0.1) is not None  # rank 0 has told 2.5
+    run.strategy.broadcast = Told(None).broadcast  # type: ignore[method-assign, assignment]
+    with pytest.raises(InvalidArgumentError, match="'val_loss' was not logged"):
+        DynamicStashing(levels=LEVELS).schedule.after_validation(run)
 
 
 def test_describes_what_happens_when() -> None:
