@@ -21,7 +21,8 @@ from lowbit_lightning.callbacks.memory_ledger import MEGABYTE
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
 from lowbit_lightning.spikes.recorder import axis_step
-from lowbit_lightning.stash import KINDS, Patches, Stash, StashPrecision, kinds_in, packed_by_hooks, patch
+from lowbit_lightning.stash import KINDS, Kind, Patches, Stash, StashPrecision, kinds_in, packed_by_hooks, patch
+from lowbit_lightning.stash.budget import HIGHEST_BITS, bits_within, lowest_bits
 from lowbit_lightning.stash.dsq_linear import DSQLinearForward, GemmPrecision
 from lowbit_lightning.stash.levels import PlateauRule, parse_levels
 from lowbit_lightning.stash.schedule import PrecisionSchedule
@@ -74,6 +75,9 @@ class DynamicStashing(Callback):
             names or classes of modules, such as ``"*.layers.0"`` or ``LlamaMLP``, outside which nothing is packed.
         exclude: likewise, what is not packed.
         by_kind: bits of single kinds in place of ``stash_only``, such as ``{attention: 8}``.
+        budget_mb: megabytes (10^6 bytes) that a batch may keep. Bits of linear, attention, activation and convolution,
+            2 to 8, are then chosen for the least error of gradients, by what the first batch keeps, and anew when a
+            batch keeps more. In place of ``stash_only``, ``levels``, ``preset`` and ``by_kind``.
         seed: of the noise of stochastic rounding.
 
     Raises:
@@ -99,8 +103,18 @@ class DynamicStashing(Callback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         by_kind: dict[str, int] | None = None,
+        budget_mb: float | None = None,
         seed: int = 0,
     ) -> None:
+        if budget_mb is not None:
+            if not budget_mb > 0 or any(one is not None for one in (stash_only, levels, preset, by_kind)):
+                raise InvalidArgumentError(
+                    f"budget_mb={budget_mb!r} is a number above 0 from which all bits are chosen: leave out "
+                    "stash_only, levels, preset and by_kind"
+                )
+            stash_only, by_kind = HIGHEST_BITS, cast(Any, lowest_bits())
+        self.budget_mb = budget_mb
+        self._has_chosen = False
         rule = PlateauRule(parse_levels(levels, preset, stash_only), mode, patience, min_delta, max_degradation)
         self.schedule = PrecisionSchedule(rule, monitor, max_gradient_error)
         self.precision = StashPrecision(rule.level.q1, format, box, rounding, cast(Any, by_kind or {}))
@@ -127,6 +141,7 @@ class DynamicStashing(Callback):
         self._module = weakref.ref(pl_module)
         if stage == "fit" and trainer.global_step == 0:
             self.schedule.reset()
+            self._choose({})
             self._set_level()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,6 +193,7 @@ class DynamicStashing(Callback):
         self.schedule.spend(self.gemms)
         meter = self.stash.meter
         raw, packed = meter.raw_bytes.total(), meter.packed_bytes.total()
+        self._keep_to_budget(packed)
         if not self._told and packed:
             self._told = True
             rank_zero_info(
@@ -232,13 +248,37 @@ class DynamicStashing(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the level and how it came about, and the number of batches so far, the clock of the noise."""
-        return {"batches": self._batches, "schedule": self.schedule.state_dict()}
+        by_kind = dict(self.precision.by_kind) if self._has_chosen else {}
+        return {"batches": self._batches, "schedule": self.schedule.state_dict(), "by_kind": by_kind}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken."""
         self._batches = int(state_dict["batches"])
+        self._choose(state_dict["by_kind"])
         self.schedule.load_state_dict(state_dict["schedule"])
         self._set_level()
+
+    def _choose(self, by_kind: dict[Kind, int]) -> None:
+        """Use bits that were chosen for the budget; none are those of a run that has not begun."""
+        if self.budget_mb is not None:
+            self._has_chosen = bool(by_kind)
+            self.precision.by_kind = dict(by_kind) or lowest_bits()
+
+    def _keep_to_budget(self, packed: int) -> None:
+        """Choose bits after the first batch, and after one that kept too much."""
+        if self.budget_mb is None or (self._has_chosen and packed <= self.budget_mb * MEGABYTE):
+            return
+        assert self.stash is not None
+        chosen = bits_within(self.budget_mb * MEGABYTE, packed, self.stash.meter.elements, self.precision.by_kind)
+        if not self._has_chosen and chosen == lowest_bits() and packed > self.budget_mb * MEGABYTE:
+            raise InvalidArgumentError(
+                f"budget_mb={self.budget_mb} is out of range: this batch keeps {packed / MEGABYTE:.2f} MB at the "
+                "fewest bits. Allow as much, or make the batch smaller"
+            )
+        self._has_chosen = True
+        if chosen != self.precision.by_kind:
+            self.precision.by_kind = chosen
+            rank_zero_info(f"DynamicStashing: budget_mb={self.budget_mb} gives {self.precision.describe()}")
 
     def _rise(self, reason: str | None) -> None:
         """Tell of a level that has risen, and use it."""

@@ -41,6 +41,7 @@ class Meter:
         measuring: whether this step is measured: what autograd would have kept, and the error of rounding.
         raw_bytes: by kind, what autograd would have kept; of the step that was measured last.
         packed_bytes: by kind, what was kept in this step; of what is checkpointed, what lies between.
+        elements: by kind, how many of it were packed.
         live_bytes: what is being kept at this moment.
         peak_bytes: the most that was kept at one moment of this step.
     """
@@ -52,6 +53,7 @@ class Meter:
         self.measure_next = True
         self.raw_bytes: Counter[str] = Counter()
         self.packed_bytes: Counter[str] = Counter()
+        self.elements: Counter[Kind] = Counter()
         self.live_bytes = 0
         self.peak_bytes = 0
         self._errors: list[tuple[Tensor, Tensor]] = []
@@ -72,6 +74,7 @@ class Meter:
         """Start to count anew."""
         self.measuring, self.measure_next = self.measure_next, False
         self.packed_bytes.clear()
+        self.elements.clear()
         self.peak_bytes = self.live_bytes
         self._seen.clear()
         self._kept.clear()
@@ -79,11 +82,12 @@ class Meter:
             self.raw_bytes.clear()
             self._errors.clear()
 
-    def packed(self, tensors: Sequence[Tensor], kind: Kind) -> None:
-        """Count tensors that were made to be kept."""
+    def packed(self, tensors: Sequence[Tensor], kind: Kind, elements: int = 0) -> None:
+        """Count tensors that were made to be kept, of so many elements in as many bits as the kind has."""
         size = sum(tensor.nbytes for tensor in tensors)
         if self.keeps():
             self.packed_bytes[kind] += size
+            self.elements[kind] += elements
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         for tensor in tensors:

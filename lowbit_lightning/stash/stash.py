@@ -135,7 +135,7 @@ class Stash:
         tensors = (packed.codes, packed.scales.view(torch.uint8))
         rule = Unpack(format, tuple(values.shape), x.dtype, whole)
         self._enter(x, format, tensors, rule)
-        self.meter.packed(tensors, kind)
+        self.meter.packed(tensors, kind, values.numel())
         if self.meter.measuring:
             self.meter.rounding(x, rule(tensors))
         return Kept(tensors, rule)

@@ -119,6 +119,30 @@ def test_works_with(options: dict[str, Any]) -> None:
     assert float(trainer.callback_metrics["stash/packed_mb"]) < float(trainer.callback_metrics["stash/raw_mb"]) / 2.5
 
 
+def test_a_budget_is_kept_to_with_the_bits_that_it_allows(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = fit(DynamicStashing(2))[0].callback_metrics
+    least, most = (float(metrics[f"stash/{name}_mb"]) for name in ("packed", "raw"))
+    budget = 1.4 * least
+    stashing = DynamicStashing(budget_mb=budget)
+    trainer, _ = fit(stashing)
+    packed = float(trainer.callback_metrics["stash/packed_mb"])
+    assert 0.9 * budget < packed <= budget < most
+    bits = stashing.precision.by_kind
+    assert 2 < bits["linear"] <= 8
+    assert f"budget_mb={budget} gives" in caplog.text
+    resumed = DynamicStashing(budget_mb=budget)
+    resumed.load_state_dict(stashing.state_dict())
+    assert resumed.precision.by_kind == bits
+    with pytest.raises(InvalidArgumentError, match=r"keeps .* MB at the fewest bits"):
+        fit(DynamicStashing(budget_mb=0.9 * least))
+
+
+@pytest.mark.parametrize("arguments", [{"stash_only": 4}, {"preset": "paper"}, {"by_kind": {"norm": 8}}])
+def test_a_budget_goes_without_bits(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"budget_mb=1\.0 .* leave out stash_only"):
+        DynamicStashing(budget_mb=1.0, **arguments)
+
+
 def test_every_batch_of_a_step_has_noise_of_its_own() -> None:
     class Steps(Callback):
         def __init__(self, stashing: DynamicStashing) -> None:
