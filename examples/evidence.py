@@ -160,7 +160,8 @@ def table(results: dict[str, list[dict[str, Any]]], metric: str) -> str:
     baseline = {r["seed"]: r["val_loss"] for r in next(iter(results.values()))}
     title = metric.removeprefix("val_").replace("_", " ")
     rows = [
-        f"| optimizer | best lr | validation loss | {title} | loss against the baseline | state bytes per parameter | CPU s |",
+        f"| optimizer | best lr | validation loss | {title} | loss against the baseline | state bytes per parameter "
+        "| CPU s |",
         "|---|---|---|---|---|---|---|",
     ]
     for variant, runs in results.items():
