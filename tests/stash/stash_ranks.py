@@ -1,12 +1,9 @@
 """What each of two processes does in the test of a stash on a sharded model, and the same work for a single process."""
 
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -79,10 +76,4 @@ def train(way: str, folder: Path, sharded: bool) -> dict[str, Any]:
 
 def work(rank: int, folder: Path) -> None:
     """Train in every way, and write what came of it to ``folder``."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ["NODE_RANK"] = "0"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save({way: train(way, folder, sharded=True) for way in WAYS}, folder / f"{rank}.pt")
-    dist.destroy_process_group()

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from stash.stash_ranks import WAYS, train, work
+from two_processes import launch
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(folder,), nprocs=2)
+    launch(work, folder)
     return folder
 
 
