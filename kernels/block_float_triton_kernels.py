@@ -91,6 +91,17 @@ def _value(code, first, second, BITS: tl.constexpr, AFFINE: tl.constexpr, DTYPE:
     return code.to(tl.float32) * _number(step)[:, None, None]
 
 
+@triton.jit
+def _whole(codes, BITS: tl.constexpr):
+    """Return pointers to the codes of eight elements, which no boundary of a row cuts."""
+    if BITS == 2:
+        return codes.to(tl.pointer_type(tl.uint16))
+    elif BITS == 4:
+        return codes.to(tl.pointer_type(tl.uint32))
+    else:
+        return codes.to(tl.pointer_type(tl.uint64))
+
+
 @triton.jit(do_not_specialize=["seed", "stream", "step"])
 def block_float(
     x, out, codes, scales, rows, columns, inner, boxes_per_row, row_bytes, seed, stream, step,
@@ -103,6 +114,7 @@ def block_float(
     ``r // inner * columns * inner + r % inner``, with its elements ``inner`` apart; STRIDED: inner > 1.
     """
     UNITS: tl.constexpr = BOX // 8
+    WHOLE: tl.constexpr = EVEN and (BITS == 2 or BITS == 4 or BITS == 8)
     program = tl.program_id(0).to(tl.int64)
     unit = tl.arange(0, UNITS)[None, :, None]
     lane = tl.arange(0, 8)[None, None, :]
@@ -165,11 +177,15 @@ def block_float(
         if BITS == 16:
             code = tl.load(codes + (row * columns)[:, None, None] + column, mask=inside, other=0).to(tl.int32)
         else:
-            word = tl.zeros([BOXES, UNITS, 1], tl.uint64)
-            for i in tl.static_range(BITS):
-                some = exists[:, None, None] & (byte + i < row_bytes)
-                loaded = tl.load(codes + stream_start + byte + i, mask=some, other=0)
-                word = word | (loaded.to(tl.uint64) << (8 * i))
+            if WHOLE:
+                whole = _whole(codes, BITS) + box[:, None, None] * UNITS + unit
+                word = tl.load(whole, mask=exists[:, None, None], other=0).to(tl.uint64)
+            else:
+                word = tl.zeros([BOXES, UNITS, 1], tl.uint64)
+                for i in tl.static_range(BITS):
+                    some = exists[:, None, None] & (byte + i < row_bytes)
+                    loaded = tl.load(codes + stream_start + byte + i, mask=some, other=0)
+                    word = word | (loaded.to(tl.uint64) << (8 * i))
             code = ((word >> places) & ((1 << BITS) - 1)).to(tl.int32)
             if not AFFINE:
                 code = (code ^ (1 << (BITS - 1))) - (1 << (BITS - 1))  # two's complement
@@ -193,15 +209,9 @@ def block_float(
         else:
             field = (code & ((1 << BITS) - 1)).to(tl.uint64) << places
             word = tl.sum(field, axis=2)[:, :, None]
-            if EVEN and BITS == 4:
-                whole = codes.to(tl.pointer_type(tl.uint32)) + (box * UNITS)[:, None, None] + unit
-                tl.store(whole, word.to(tl.uint32), mask=exists[:, None, None])
-            elif EVEN and BITS == 2:
-                whole = codes.to(tl.pointer_type(tl.uint16)) + (box * UNITS)[:, None, None] + unit
-                tl.store(whole, word.to(tl.uint16), mask=exists[:, None, None])
-            elif EVEN and BITS == 8:
-                whole = codes.to(tl.pointer_type(tl.uint64)) + (box * UNITS)[:, None, None] + unit
-                tl.store(whole, word, mask=exists[:, None, None])
+            if WHOLE:
+                whole = _whole(codes, BITS) + box[:, None, None] * UNITS + unit
+                tl.store(whole, word.to(whole.dtype.element_ty), mask=exists[:, None, None])
             else:
                 for i in tl.static_range(BITS):
                     some = exists[:, None, None] & (byte + i < row_bytes)

@@ -31,11 +31,11 @@ from .bench_stash_kernels import measure as measure_kernels
 from .bench_stash_memory import largest_batch, memory_in_process
 
 WORKLOADS = {
-    "15m": GuardWorkload("15m", hidden=512, layers=4, vocabulary=2048, batch=4, length=256),
+    "15m": GuardWorkload("15m", hidden=512, layers=4, vocabulary=2048, batch=2, length=256),
     "1m": GuardWorkload("1m", hidden=128, layers=4, vocabulary=1024, batch=4, length=128),
     "400m": GuardWorkload("400m", hidden=1280, layers=16, vocabulary=32000, batch=8, length=1024),
 }
-_TRAINED = 20  # steps before anything is measured: gradients of a model from scratch are not those of training
+_TRAINED = 10  # steps before anything is measured: gradients of a model from scratch are not those of training
 _LR = 1e-3
 
 
