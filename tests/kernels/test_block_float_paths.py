@@ -1,5 +1,8 @@
 """Packing by the compiled path, by Triton and under torch.compile equals the reference bit for bit."""
 
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -116,6 +119,40 @@ def test_the_triton_kernel_is_the_reference(format: BoxFormat, dtype: torch.dtyp
         if x.ndim > 1:
             launch(format, (x.numel() // shape[-2], shape[-2], shape[-1]), noise, x=x, out=out)
             assert same(out, quantize_reference(x, format, noise, -2)), shape
+
+
+# For an H100, which need not be there.
+_COMPILE = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lowbit_lightning.kernels.block_float_triton_kernels import block_float
+
+PATHS = [(True, True), (False, True), (True, False)]
+for (reads, packed), affine, bits, even in itertools.product(PATHS, (False, True), (3, 4, 8), (False, True)):
+    strided = reads and not packed and even
+    constants = dict(
+        READS=reads, PACKED=packed, STOCHASTIC=reads, AFFINE=affine, BITS=bits, BOX=16, BOXES=64, DTYPE=bits // 4,
+        STRIDED=strided, EVEN=even,
+    )
+    values, scales = ("*fp32", "*i16", "*fp16")[bits // 4], "*i16" if affine else "*u8"
+    types = dict.fromkeys(block_float.arg_names, "i32") | dict(x=values, out=values, codes="*u8", scales=scales)
+    types |= dict.fromkeys(constants, "constexpr")
+    options = dict(num_warps=4, enable_fp_fusion=False)
+    compiled = triton.compile(ASTSource(block_float, types, constants), GPUTarget("cuda", 90, 32), options)
+    assert "st.global" in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+@pytest.mark.long
+def test_the_triton_kernel_compiles_where_the_interpreter_would_accept_more() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
 
 
 def test_strides_do_not_matter() -> None:
