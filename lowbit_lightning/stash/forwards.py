@@ -11,7 +11,7 @@ from lowbit_lightning.stash.convolution import StashedConvolution
 from lowbit_lightning.stash.dropout import OneBitReLU, ReplayedDropout
 from lowbit_lightning.stash.linear import StashedLinear
 from lowbit_lightning.stash.precision import Kind
-from lowbit_lightning.stash.redirect import Redirect, activate, plain
+from lowbit_lightning.stash.redirect import Redirect, activate, plain, stashes
 from lowbit_lightning.stash.replay import ModuleFunction, Operation, replay
 from lowbit_lightning.stash.stash import Stash
 
@@ -38,7 +38,7 @@ class PatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; what stashes nothing is none of our business."""
-        if not torch.is_grad_enabled() or self.stash.meter.within or torch.compiler.is_compiling():
+        if not stashes(self.stash):
             return self.original(*args, **kwargs)
         with self.stash.place(self.name, self.exempt):
             return self.run(*args, **kwargs)

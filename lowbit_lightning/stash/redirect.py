@@ -46,8 +46,7 @@ class Redirect(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _applies(self) -> bool:
-        compiling = torch.compiler.is_compiling()  # a function of the module's own: it keeps what its compiler decides
-        return torch.is_grad_enabled() and self.stash.redirects and not self.stash.meter.within and not compiling
+        return self.stash.redirects and stashes(self.stash)
 
     def attention(
         self,
@@ -192,6 +191,16 @@ def _rebound(function: Any, redirect: Redirect) -> Callable[..., Any]:
     for name in ("_in_projection", "_in_projection_packed"):
         names[name] = FunctionType(names[name].__code__, names, name, names[name].__defaults__)
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
+def stashes(stash: Stash) -> bool:
+    """Whether what runs now is to be kept for backward by us.
+
+    Not what is being compiled, which keeps what its compiler decides; nor what torch.func transforms, whose tensors are
+    not what they seem.
+    """
+    elsewhere = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() and not stash.meter.within and not elsewhere
 
 
 def plain(*tensors: Any) -> bool:

@@ -226,6 +226,20 @@ def test_double_backward_is_refused_and_retain_graph_gives_the_same_bits() -> No
             once.sum().backward()
 
 
+def test_torch_func_sees_the_module_itself() -> None:
+    module = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
+    weights, x = {name: param.detach() for name, param in module.named_parameters()}, torch.randn(5, 32, WIDTH)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x,)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    expected = each(weights, x)
+    with stashing(module, 4):
+        found = each(weights, x)
+    assert all(torch.equal(found[name], expected[name]) for name in weights)
+
+
 def test_eval_under_no_grad_is_the_module_itself() -> None:
     module = nn.TransformerEncoderLayer(WIDTH, 4, 96, batch_first=True).eval()
     x = torch.randn(4, 16, WIDTH)
