@@ -128,6 +128,11 @@ class DynamicStashing(Callback):
         self._batches = 0
         self._last_step = 0
         self._told = False
+        self._result = ""
+
+    def describe_result(self) -> list[tuple[str, str]]:
+        """Return one row for the summary after a run: what the last batch that was logged kept."""
+        return [("stash", self._result)] if self._result else []
 
     def describe_technique(self) -> list[tuple[str, str, str]]:
         """Return one row: what is packed, and how."""
@@ -196,16 +201,14 @@ class DynamicStashing(Callback):
         self._keep_to_budget(packed)
         if not self._told and packed:
             self._told = True
-            rank_zero_info(
-                f"DynamicStashing: of {raw / MEGABYTE:.2f} MB that the first batch keeps for backward, "
-                f"{packed / MEGABYTE:.2f} MB are left ({raw / packed:.1f} times smaller)"
-            )
+            rank_zero_info(f"DynamicStashing: the first batch keeps {_amounts(raw, packed)}")
         if trainer.global_step == self._last_step:
             return
         logged = meter.measuring and self._is_logged(trainer)
         self._last_step = trainer.global_step
         if not logged:
             return
+        self._result = _amounts(raw, packed)
         scalars = {"stash/error": meter.error, "stash/peak_mb": meter.peak_bytes / MEGABYTE}
         for name, counts in (("raw", meter.raw_bytes), ("packed", meter.packed_bytes)):
             scalars[f"stash/{name}_mb"] = counts.total() / MEGABYTE
@@ -300,6 +303,11 @@ class DynamicStashing(Callback):
             self.patches.remove()
             vars(trainer.precision_plugin).pop("train_step_context", None)
         self.patches = self.stash = None
+
+
+def _amounts(raw: int, packed: int) -> str:
+    times = f" ({raw / packed:.1f} times smaller)" if packed else ""
+    return f"{packed / MEGABYTE:.2f} MB for backward instead of {raw / MEGABYTE:.2f} MB{times}"
 
 
 def _check(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,6 +17,7 @@ from lowbit_lightning.callbacks import DynamicStashing, MemoryLedger
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.models import CausalLM
 from lowbit_lightning.optim import FZOO
+from lowbit_lightning.run_summary import summary
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -94,7 +95,9 @@ def test_bytes_are_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert {"stash/raw_mb_linear", "stash/raw_mb_attention", "stash/raw_mb_norm"} <= metrics.keys()
     assert 0 < metrics["stash/peak_mb"] <= packed
     assert 0.05 < metrics["stash/error"] < 0.2
-    assert f"of {raw:.2f} MB that the first batch keeps for backward, {packed:.2f} MB are left" in caplog.text
+    told = f"{packed:.2f} MB for backward instead of {raw:.2f} MB"
+    assert f"DynamicStashing: the first batch keeps {told}" in caplog.text
+    assert f"stash       {told}" in summary(trainer, trainer.lightning_module, 1.0)
     events = EventAccumulator(logger.log_dir).Reload()
     assert [event.step for event in events.Scalars("stash/packed_mb")] == [1, 3]
     assert events.Scalars("stash/packed_mb")[-1].value == pytest.approx(packed)
