@@ -101,7 +101,7 @@ def replay(operation: Operation, stash: Stash, *tensors: Tensor | None, again: b
         again: whether whoever needs the result in backward may run the operation once more instead of keeping it.
     """
     y: Tensor = Replayed.apply(operation, stash, *tensors)
-    if again and y.requires_grad:
+    if again and y.requires_grad and stash.meter.keeps():
         # Packed already, so that these are the same codes.
         parts = keep_inputs(operation, stash, tensors)
         stash.note(y, parts, operation.function, Autocast.now(y.device))
