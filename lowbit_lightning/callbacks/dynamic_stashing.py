@@ -58,7 +58,7 @@ class DynamicStashing(Callback):
         levels: instead, [q0, q1, q2, q3] for each level: bits of both inputs of the forward GEMM, of what is kept, of
             the operands of the backward GEMMs, and of the outgoing gradient; 32 is not quantized. Validation is exact.
         preset: instead, ``paper``: [2, 2, 2, 16], [4, 4, 4, 16], [8, 4, 4, 16], [16, 4, 4, 16], for training from
-            scratch: 2 bits in forward destroy what a trained model knows.
+            scratch: 2 bits in forward destroy what a trained model knows, and cost a new one many steps, see README.
         monitor: metric that the validation logs, by which the level rises; needed where there are several levels.
         mode: whether ``min`` or ``max`` of it is better.
         patience: validations in a row without an improvement that it takes to rise.
@@ -70,7 +70,7 @@ class DynamicStashing(Callback):
         format: ``bfp``, block floating point, or ``affine``, levels between a minimum and a maximum: unbiased also at 2
             bits, where ``bfp`` clips; choose longer boxes with it.
         box: elements that share a scale, 16, 32, 64 or 128.
-        rounding: ``stochastic`` (unbiased) or ``nearest`` (a smaller error).
+        rounding: ``stochastic`` (unbiased) or ``nearest`` (a smaller error; q0 always is).
         include: kinds of tensors (linear, attention, activation, norm, convolution, loss, other), and patterns for
             names or classes of modules, such as ``"*.layers.0"`` or ``LlamaMLP``, outside which nothing is packed.
         exclude: likewise, what is not packed.

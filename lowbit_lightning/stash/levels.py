@@ -45,7 +45,7 @@ class Level(NamedTuple):
 
 
 PRESETS: dict[str, tuple[Level, ...]] = {
-    # The abstract of the paper gives no list; its figures and text name the first and the last level.
+    # The first and the last are the paper's, the two between are ours.
     "paper": (Level(2, 2, 2, 16), Level(4, 4, 4, 16), Level(8, 4, 4, 16), Level(16, 4, 4, 16)),
 }
 DEFAULT_STASH_ONLY = (4, 8)
