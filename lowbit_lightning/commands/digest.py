@@ -27,7 +27,8 @@ from lowbit_lightning.kernels import (
     solo_cpu,
     solo_triton,
 )
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam import micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor
 from lowbit_lightning.kernels.philox import block_calls, draw_16bit
 from lowbit_lightning.kernels.rademacher import (
     UPDATE_SLOT,
@@ -38,7 +39,8 @@ from lowbit_lightning.kernels.rademacher import (
     perturbed_copy_reference,
 )
 from lowbit_lightning.kernels.rademacher_cpu import Pass
-from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
+from lowbit_lightning.kernels.solo import solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloTensor
 from lowbit_lightning.optim import MicroAdam, SoloAdamW
 from lowbit_lightning.optim.base import LowBitOptimizer
 

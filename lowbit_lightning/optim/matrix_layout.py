@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit_lightning.kernels.solo import Part, SoloTensor
+from lowbit_lightning.kernels.solo_tensor import Part, SoloTensor
 from lowbit_lightning.optim.base import State
 from lowbit_lightning.optim.sharding import cut_dimensions, local, part
 

@@ -16,17 +16,11 @@ from torch.optim.optimizer import ParamsT
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
-from lowbit_lightning.kernels.micro_adam import (
-    MicroAdamHyperparameters,
-    MicroAdamTensor,
-    dequantize_error,
-    dequantize_moments,
-    last_selection,
-    micro_adam_step,
-    new_state,
-)
+from lowbit_lightning.kernels.micro_adam import dequantize_error, dequantize_moments, last_selection, micro_adam_step
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamHyperparameters, MicroAdamTensor, new_state
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.kernels.solo import SoloHyperparameters, SoloTensor, solo_step
+from lowbit_lightning.kernels.solo import solo_step
+from lowbit_lightning.kernels.solo_tensor import SoloHyperparameters, SoloTensor
 from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
 from lowbit_lightning.optim.matrix_layout import matrix_layout, own_shard
 from lowbit_lightning.optim.micro_adam_settings import check_settings, hyperparameters

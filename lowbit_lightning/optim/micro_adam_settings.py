@@ -1,7 +1,7 @@
 """The settings of MicroAdam: what they may be, and what the kernels need of them."""
 
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.kernels.micro_adam import MicroAdamHyperparameters
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamHyperparameters
 from lowbit_lightning.kernels.top_k import LARGEST_BLOCK
 from lowbit_lightning.optim.base import ParamGroup
 

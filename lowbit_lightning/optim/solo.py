@@ -19,13 +19,8 @@ from torch.optim.optimizer import ParamsT
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.kernels.solo import (
-    SoloTensor,
-    dequantize_moments,
-    quantize_moments,
-    row_bytes,
-    solo_step,
-)
+from lowbit_lightning.kernels.solo import dequantize_moments, quantize_moments, solo_step
+from lowbit_lightning.kernels.solo_tensor import SoloTensor, row_bytes
 from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
 from lowbit_lightning.optim.matrix_layout import matrix_layout, matrix_shape, matrix_views, own_shard
 from lowbit_lightning.optim.sharding import (

@@ -6,7 +6,7 @@ import torch
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.dynamic import dynamic_resolution
-from lowbit_lightning.kernels.solo import SoloHyperparameters
+from lowbit_lightning.kernels.solo_tensor import SoloHyperparameters
 from lowbit_lightning.optim.base import ParamGroup
 
 BITS = (2, 3, 4, 8, 32)

@@ -24,7 +24,8 @@ from torch.optim.optimizer import ParamsT
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.kernels.solo import Part, SoloHyperparameters, SoloTensor, solo_step
+from lowbit_lightning.kernels.solo import solo_step
+from lowbit_lightning.kernels.solo_tensor import Part, SoloHyperparameters, SoloTensor
 from lowbit_lightning.kernels.stable_spam import ada_clip, ada_gn
 from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
 from lowbit_lightning.optim.gradient_batch import GradientBatch

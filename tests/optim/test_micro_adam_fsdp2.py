@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
 from two_processes import launch
 
 from lowbit_lightning.errors import CheckpointError
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, dequantize_error, micro_adam_step, new_state
+from lowbit_lightning.kernels.micro_adam import dequantize_error, micro_adam_step
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor, new_state
 from lowbit_lightning.kernels.philox import stream_id
 from lowbit_lightning.optim import MicroAdam, state_bytes
 from lowbit_lightning.optim.micro_adam_settings import hyperparameters
