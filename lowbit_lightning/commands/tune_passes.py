@@ -24,7 +24,7 @@ from lowbit_lightning.atomic_file import atomic_file
 from lowbit_lightning.callbacks.memory_ledger import format_table
 from lowbit_lightning.cli import LowBitCLI, quieten_lightning
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer, scalar_loss
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer, scalar_loss
 from lowbit_lightning.strategies.forward_only import ForwardOnlyMixin
 from lowbit_lightning.strategies.replay import ModuleState, silent
 

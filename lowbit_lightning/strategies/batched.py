@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lowbit_lightning.kernels.rademacher import matrix_shape, perturbed_copy
 from lowbit_lightning.optim.base import ParamGroup
-from lowbit_lightning.optim.fzoo import Evaluation, ForwardOnlyOptimizer, scalar_loss
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer, scalar_loss
 from lowbit_lightning.strategies.rank1_functions import Rank1, Rank1Functions
 
 # Rows of a pass up to which one pass for all perturbations is faster: CPU, Llama of 20M parameters, N = 8.
@@ -49,17 +49,19 @@ class BatchedPasses:
 
     def describe(self) -> str:
         """Return how the passes are made, for the table at the start of a run."""
-        if self._optimizer.param_groups[0]["perturbation"] != "rank1" or self._execution == "sequential":
+        if self._optimizer.perturbation != "rank1" or self._optimizer.execution == "sequential":
             return "one after another"
-        return "all in one where possible" + (f", up to {_FEW_ROWS} tokens" if self._execution == "auto" else "")
+        return "all in one where possible" + (
+            f", up to {_FEW_ROWS} tokens" if self._optimizer.execution == "auto" else ""
+        )
 
     def are_wanted(self, evaluations: Sequence[Evaluation], batch: Any) -> bool:
         """Return whether to make these evaluations of a batch, a collection of tensors, at once."""
-        is_rank1 = self._optimizer.param_groups[0]["perturbation"] == "rank1"
-        if not (is_rank1 and self._is_possible) or self._execution == "sequential" or len(evaluations) < 2:
+        is_rank1 = self._optimizer.perturbation == "rank1"
+        if not (is_rank1 and self._is_possible) or self._optimizer.execution == "sequential" or len(evaluations) < 2:
             return False
         rows = _rows(batch)
-        if self._execution == "auto" and rows > _FEW_ROWS:
+        if self._optimizer.execution == "auto" and rows > _FEW_ROWS:
             self._say(f"one after another: a batch has {rows} tokens, and up to {_FEW_ROWS} it is faster in one")
             return False
         return True
@@ -136,21 +138,18 @@ class BatchedPasses:
             perturbed_copy(zeros, evaluation.sign, noise, evaluation.index, sign)  # fast where the kernel is
         return signs[:, columns:], signs[:, :columns]
 
-    @property
-    def _execution(self) -> str:
-        return str(self._optimizer.param_groups[0]["execution"])
-
     def _say(self, choice: str) -> None:
-        if self._execution == "auto" and not self._has_said:
+        if self._optimizer.execution == "auto" and not self._has_said:
             self._has_said = True
             rank_zero_info(f"{type(self._optimizer).__name__}: execution=auto makes the perturbed passes {choice}.")
 
     def _give_up(self, reason: str) -> None:
         self._is_possible, self._has_said = False, True
-        say = rank_zero_info if self._execution == "auto" else rank_zero_warn
+        execution = self._optimizer.execution
+        say = rank_zero_info if execution == "auto" else rank_zero_warn
         say(
-            f"{type(self._optimizer).__name__}: execution={self._execution} makes the perturbed passes one after "
-            f"another, because {reason}"
+            f"{type(self._optimizer).__name__}: execution={execution} makes the perturbed passes one after another, "
+            f"because {reason}"
         )
 
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit_lightning.kernels.rademacher import perturbed_rows
 from lowbit_lightning.optim.base import ParamGroup
-from lowbit_lightning.optim.fzoo import Evaluation, ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer
 
 Result = TypeVar("Result")
 Entry = tuple[ParamGroup, str, Tensor]

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy, gelu, linear
 
 from lowbit_lightning.errors import CheckpointError, InvalidArgumentError
 from lowbit_lightning.kernels.rademacher import sign_tensor
-from lowbit_lightning.optim import state_bytes
-from lowbit_lightning.optim.fzoo import FZOO, Evaluation, ForwardOnlyOptimizer, MeZO, normalized_coefficients
+from lowbit_lightning.optim import FZOO, MeZO, state_bytes
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer
+from lowbit_lightning.optim.fzoo import normalized_coefficients
 
 INPUTS = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 TARGETS = (INPUTS @ torch.randn(8, 4, generator=torch.Generator().manual_seed(2))).argmax(1)

@@ -11,7 +11,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.nn.utils import parametrizations
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowbit_lightning.optim.fzoo import FZOO, Evaluation
+from lowbit_lightning.optim import FZOO
+from lowbit_lightning.optim.forward_only import Evaluation
 from lowbit_lightning.strategies.just_in_time import JustInTime
 
 AT = Evaluation(2, 1)
