@@ -150,6 +150,10 @@ class StepMeter:
     def _gradient_cells(
         self, optimizer: Optimizer, params: list[Tensor], copies: int, device: torch.device
     ) -> dict[str, Tensor | float]:
+        if hasattr(optimizer, "gradient_norm"):
+            # Forward-only: an estimate from few losses, too noisy to be judged, but not finite if one of them is not.
+            bad = float(optimizer.is_ready and not math.isfinite(optimizer.gradient_norm()))
+            return {"grad_norm": 0.0, "has_gradient": 0.0, "bad_gradients": bad}
         found = global_norm((param.grad for param in params), copies, device)
         if found is None:
             return {"grad_norm": 0.0, "has_gradient": 0.0, "bad_gradients": 0.0}
