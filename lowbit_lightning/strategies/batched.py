@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lowbit_lightning.kernels.rademacher import matrix_shape, perturbed_copy
+from lowbit_lightning.kernels.rademacher import Copy, matrix_shape, perturbed_copies
 from lowbit_lightning.optim.base import ParamGroup
 from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer, scalar_loss
 from lowbit_lightning.strategies.rank1_functions import Rank1, Rank1Functions
@@ -117,25 +117,37 @@ class BatchedPasses:
             self._coarsest = functions.coarsest
             return loss
 
-        varying = {id(entry[2]): self._varying(*entry, evaluations) for entry in entries}
+        varying: dict[int, tuple[Tensor, ...]] = {}
+        copies: list[Copy] = []
+        for entry in entries:
+            varying[id(entry[2])] = self._varying(*entry, evaluations, copies)
+        with torch.no_grad():
+            perturbed_copies(copies)
         return torch.vmap(one_pass, randomness="same")(varying)
 
-    @torch.no_grad()
     def _varying(
-        self, group: ParamGroup, name: str, param: Tensor, evaluations: Sequence[Evaluation]
+        self, group: ParamGroup, name: str, param: Tensor, evaluations: Sequence[Evaluation], copies: list[Copy]
     ) -> tuple[Tensor, ...]:
-        """Return what differs from pass to pass, first dimension N: signs r and s of a matrix, a vector's copies."""
+        """Return room for what differs from pass to pass, first dimension N, and add to ``copies`` what goes there.
+
+        A matrix's are its signs r and s, a vector's are its perturbed copies.
+        """
+        noise = self._optimizer.noise(group, name, param)
         if param.ndim < 2:
-            copies = param.new_empty(len(evaluations), *param.shape)
-            for evaluation, copy in zip(evaluations, copies, strict=True):
-                self._optimizer.perturb(group, name, param, evaluation, copy)
-            return (copies,)
+            room = param.new_empty(len(evaluations), *param.shape)
+            copies += (
+                Copy(param, evaluation.sign * group["eps"], noise, evaluation.index, out)
+                for evaluation, out in zip(evaluations, room.unbind(), strict=True)
+            )
+            return (room,)
         rows, columns = matrix_shape(param)
+        # Signs are what a perturbation makes of zeros: fast where the kernel is.
         zeros = torch.zeros(columns + rows, device=param.device)
-        signs = zeros.new_empty(len(evaluations), columns + rows)
-        noise = replace(self._optimizer.noise(group, name, param), rank1=False)
-        for evaluation, sign in zip(evaluations, signs, strict=True):
-            perturbed_copy(zeros, evaluation.sign, noise, evaluation.index, sign)  # fast where the kernel is
+        signs, noise = zeros.new_empty(len(evaluations), columns + rows), replace(noise, rank1=False)
+        copies += (
+            Copy(zeros, evaluation.sign, noise, evaluation.index, out)
+            for evaluation, out in zip(evaluations, signs.unbind(), strict=True)
+        )
         return signs[:, columns:], signs[:, :columns]
 
     def _say(self, choice: str) -> None:

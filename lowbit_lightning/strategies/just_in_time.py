@@ -222,12 +222,13 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._pass.in_hook and _holds_tensor(result):  # questions about shape or dtype are no use of weights
-            for value in _leaves((*args, *(kwargs or {}).values())):
-                if id(value) in self._plan.entries:
-                    self._seen.add(id(value))
-                    if not self._pass.depth.get(id(value)):
-                        self.outside.add(id(value))
+        if not self._pass.in_hook:
+            found = [
+                id(value) for value in _leaves((*args, *(kwargs or {}).values())) if id(value) in self._plan.entries
+            ]
+            if found and _holds_tensor(result):  # questions about shape or dtype are no use of weights
+                self._seen.update(found)
+                self.outside.update(key for key in found if not self._pass.depth.get(key))
         return result
 
     def used(self) -> list[Tensor]:
