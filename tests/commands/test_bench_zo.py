@@ -13,7 +13,15 @@ from lowbit_lightning.commands import bench_zo, bench_zo_memory, bench_zo_report
 from lowbit_lightning.commands.bench_guard import GuardWorkload
 
 SMALL = ["--tokens", "8", "32", "--perturbations", "8", "1", "--elements", "2000", "--repeats", "2", "--threads", "1"]
-MEMORY = {"weights": 100, "largest": 10, "tokens": 256, "perturbations": 8, "inference": 50, "sequential": 64}
+MEMORY = {
+    "weights": 100,
+    "largest": 10,
+    "tokens": 256,
+    "perturbations": 8,
+    "forward": 48,
+    "inference": 50,
+    "sequential": 64,
+}
 
 
 @pytest.fixture
