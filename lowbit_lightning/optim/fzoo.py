@@ -41,7 +41,7 @@ def normalized_coefficients(
         The coefficients, all 0 where σ is 0, not finite, or below the resolution of the losses; and σ, the population
         standard deviation. A single loss has none: σ is then its distance from ``clean``, so that c is ±1.
     """
-    mean = math.fsum(perturbed) / len(perturbed)
+    mean = sum(perturbed) / len(perturbed)
     center = mean if clean is None else clean
     if len(perturbed) == 1 and not previous:
         sigma = abs(perturbed[0] - center)
@@ -56,8 +56,8 @@ def normalized_coefficients(
 def _squared_deviations(losses: Sequence[float]) -> float:
     if not losses:
         return 0.0
-    mean = math.fsum(losses) / len(losses)
-    return math.fsum((loss - mean) ** 2 for loss in losses)
+    mean = sum(losses) / len(losses)
+    return sum((loss - mean) ** 2 for loss in losses)
 
 
 class FZOO(ForwardOnlyOptimizer):

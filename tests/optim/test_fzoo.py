@@ -139,7 +139,8 @@ def test_a_single_perturbation_steps_by_the_sign_of_its_slope() -> None:
 
 
 @pytest.mark.parametrize(
-    "losses", [[2.0, 2.0, 2.0], [2.0, 2.0 + 2**-23, 2.0], [math.inf, 1.0, 2.0], [1.0, math.nan, 2.0]]
+    "losses",
+    [[2.0, 2.0, 2.0], [2.0, 2.0 + 2**-23, 2.0], [math.inf, 1.0, 2.0], [1.0, math.nan, 2.0], [-math.inf, math.inf, 2.0]],
 )
 def test_losses_that_do_not_differ_or_are_not_finite_give_no_step(losses: list[float]) -> None:
     assert normalized_coefficients(losses[0], losses[1:] + losses[:1])[0] == [0.0] * 3
