@@ -47,6 +47,7 @@ def test_everything_is_measured_and_shown(report: tuple[dict[str, Any], str]) ->
     assert all(row["forwards_per_step"] > 0 for row in rows)
     assert all(row["times_faster"] > 0 for row in found["signs"]["rows"] if "signs" in row["name"])
     assert "not measured" in text  # no run of 256 tokens
+    assert "these are the processor's seconds, on one thread" in text
     assert "peak of sequential steps" in text
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 
