@@ -2,7 +2,8 @@
 
 from lowbit_lightning.optim.adamw_state import adamw_state_dict
 from lowbit_lightning.optim.base import LowBitOptimizer, state_bytes
-from lowbit_lightning.optim.fzoo import FZOO, MeZO
+from lowbit_lightning.optim.fzoo import FZOO
+from lowbit_lightning.optim.mezo import MeZO
 from lowbit_lightning.optim.micro_adam import MicroAdam
 from lowbit_lightning.optim.schedule import WarmupCosine
 from lowbit_lightning.optim.solo import SoloAdamW
