@@ -126,6 +126,26 @@ TECHNIQUES = (
         survives_nonfinite=True,
     ),
     Technique(
+        "dynamic_stashing",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.DynamicStashing",
+                "init_args": {"stash_only": 4},
+            },
+        ),
+        excludes=("fzoo",),  # which has no backward pass
+    ),
+    Technique(
+        "dsq",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.DynamicStashing",
+                "init_args": {"levels": [[4, 4, 4, 16], [16, 4, 4, 16]], "max_gradient_error": 0.15},
+            },
+        ),
+        excludes=("fzoo", "dynamic_stashing"),  # the former has no backward pass, the latter is the same callback
+    ),
+    Technique(
         "spike_monitor",
         callbacks=(
             {
