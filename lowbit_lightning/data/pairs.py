@@ -10,12 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lowbit_lightning.data.module import Part, place_among_processes, progress_bar
-from lowbit_lightning.data.resumable import ResumableDataLoader
+from lowbit_lightning.data.in_memory import Collate, ExamplesInMemory
+from lowbit_lightning.data.module import Part, progress_bar
 from lowbit_lightning.data.tokens import load_tokenizer
 from lowbit_lightning.errors import CorpusError, InvalidArgumentError
 
@@ -138,7 +137,7 @@ def padded_pairs(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
     }
 
 
-class TextPairs(LightningDataModule):
+class TextPairs(ExamplesInMemory):
     """Base of the data modules for sequence-to-sequence models.
 
     Batches are ``{"input_ids": int64 (batch, source length), "attention_mask": the same, "labels": int64 (batch, target
@@ -168,25 +167,11 @@ class TextPairs(LightningDataModule):
         seed: int,
         num_workers: int,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("max_source_length", max_source_length, 2),
-            ("max_target_length", max_target_length, 2),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise InvalidArgumentError(f"{name}={value} must be at least {least}.")
-        if not 0 < val_fraction < 1:
-            raise InvalidArgumentError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded.")
+        lengths = {"max_source_length": (max_source_length, 2), "max_target_length": (max_target_length, 2)}
+        super().__init__(lengths, batch_size, val_fraction, seed, num_workers)
         self.tokenizer = tokenizer
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self.num_workers = num_workers
-        self._datasets: dict[Part, TokenizedPairs] = {}
 
     @functools.cached_property
     def tokens(self) -> PairTokens:
@@ -214,7 +199,7 @@ class TextPairs(LightningDataModule):
         """Read and tokenize, the first time."""
         if self._datasets:
             return
-        datasets: dict[Part, TokenizedPairs] = {}
+        datasets: dict[Part, Dataset[Any]] = {}
         for part, pairs in self.load().items():
             if not pairs:
                 raise CorpusError(f"there is no pair for {part}: give more data, or another val_fraction.")
@@ -234,26 +219,6 @@ class TextPairs(LightningDataModule):
                 raise CorpusError(f"{pair.place}: the {side} is empty. Remove the pair.")
         return np.array(source, dtype=np.int32), np.array(target, dtype=np.int32), num_bytes
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        """Batches of the training part in a new order every epoch. A short last one is dropped unless it is alone."""
-        dataset = self._datasets["train"]
-        _, world_size = place_among_processes()
-        return self._loader(dataset, shuffle=True, drop_last=len(dataset) >= self.batch_size * world_size)
-
-    def val_dataloader(self) -> ResumableDataLoader:
-        """Batches of the validation part, in order and without leaving any out."""
-        return self._loader(self._datasets["validation"])
-
-    test_dataloader = predict_dataloader = val_dataloader
-
-    def _loader(self, dataset: TokenizedPairs, shuffle: bool = False, drop_last: bool = False) -> ResumableDataLoader:
-        return ResumableDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(padded_pairs, pad=self.tokens.pad),
-            pin_memory=torch.cuda.is_available(),
-        )
+    def collate(self) -> Collate:
+        """Return what pads a batch."""
+        return functools.partial(padded_pairs, pad=self.tokens.pad)
