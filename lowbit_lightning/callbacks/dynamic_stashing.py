@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lowbit_lightning.callbacks.memory_ledger import MEGABYTE
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
 from lowbit_lightning.spikes.recorder import axis_step
 from lowbit_lightning.stash import KINDS, Kind, Patches, Stash, StashPrecision, kinds_in, packed_by_hooks, patch
 from lowbit_lightning.stash.budget import HIGHEST_BITS, bits_within, lowest_bits

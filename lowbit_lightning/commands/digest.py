@@ -36,7 +36,8 @@ from lowbit_lightning.kernels.block_float import (
     quantize_reference,
     unpack_reference,
 )
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam import micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor
 from lowbit_lightning.kernels.philox import block_calls, draw_16bit
 from lowbit_lightning.kernels.rademacher import (
     UPDATE_SLOT,
@@ -47,7 +48,8 @@ from lowbit_lightning.kernels.rademacher import (
     perturbed_copy_reference,
 )
 from lowbit_lightning.kernels.rademacher_cpu import Pass
-from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
+from lowbit_lightning.kernels.solo import solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloTensor
 from lowbit_lightning.optim import MicroAdam, SoloAdamW
 from lowbit_lightning.optim.base import LowBitOptimizer
 

@@ -8,9 +8,11 @@ import pytest
 from lowbit_lightning.__main__ import main
 from lowbit_lightning.commands import digest
 from lowbit_lightning.kernels.block_float import BoxFormat, pack_reference, quantize_reference, unpack_reference
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam import micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor
 from lowbit_lightning.kernels.rademacher_cpu import Pass
-from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
+from lowbit_lightning.kernels.solo import solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloTensor
 
 
 def test_this_machine_computes_the_committed_bits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
