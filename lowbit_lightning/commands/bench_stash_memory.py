@@ -1,6 +1,6 @@
 """The part of ``bench stash`` that wants a process of its own for each way: the peak of memory of a step.
 
-Two batches, one half as large as the other, tell what a sample takes. On Linux the C library is told to give freed
+A batch and one that is larger tell what a sample takes. On Linux the C library is told to give freed
 blocks of more than a megabyte back at once, see :mod:`.bench_zo_memory`.
 """
 
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from .bench_measure import transient_bytes
 from .bench_stash_contenders import WAYS, Contender
 
 _TIMEOUT = 900  # seconds
-_PEAKS = 2
+# Of the second batch, so that activations outweigh what does not grow with a batch.
+_TIMES_LARGER = 4
 _THRESHOLD = 2**20  # bytes
 
 
@@ -51,23 +51,20 @@ def memory(name: str, workload: GuardWorkload, device: str) -> dict[str, Any]:
     """
     contender = Contender(WAYS[name], workload, device)
     peaks: list[int | None] = []
-    for batch_size in (workload.batch // 2, workload.batch):
+    for batch_size in (workload.batch, _TIMES_LARGER * workload.batch):
         one = replace(workload, batch=batch_size).batches(1)[0]
         batch = {key: value.to(device) for key, value in one.items()}
-        contender.step(batch)  # gradients exist from here on
 
         def accumulate(batch: dict[str, torch.Tensor] = batch) -> None:
             contender.backward(contender.forward(batch))
 
-        accumulate()
-        found = [transient_bytes(accumulate, device) for _ in range(_PEAKS)]
-        known = [peak for peak in found if peak is not None]
-        peaks.append(int(median(known)) if known else None)
+        accumulate()  # gradients exist from here on, and buffers that operations keep
+        peaks.append(transient_bytes(accumulate, device))
     weights = sum(param.nbytes for param in contender.module.parameters())
     small, large = peaks
     if small is None or large is None:
         return {"weights": weights, "peak": None, "sample": None}
-    return {"weights": weights, "peak": large, "sample": (large - small) / (workload.batch - workload.batch // 2)}
+    return {"weights": weights, "peak": small, "sample": (large - small) / ((_TIMES_LARGER - 1) * workload.batch)}
 
 
 def largest_batch(found: dict[str, Any], batch: int, available: float) -> int | None:
