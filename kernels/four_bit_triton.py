@@ -1,0 +1,2 @@
+"""stub for now"""
+def takes(x, dtype): return False
