@@ -23,6 +23,7 @@ import triton.language as tl
 
 from . import dynamic, elementary, logarithmic
 from .triton_arithmetic import integer_power, philox, round_to_bf16
+from .triton_packing import lane_code, lane_draw, load_words, store_words, typed_pointers
 
 
 def _fp32(values: object) -> tl.constexpr:
@@ -96,21 +97,12 @@ def _field(table, entry, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """Return pointers to (blocks, positions) whose runs begin at multiples of ALIGN elements."""
-    pointers = address.to(tl.pointer_type(DTYPE)) + offsets
-    if ALIGN > 1:
-        pointers = tl.multiple_of(pointers, [1, ALIGN * DTYPE.primitive_bitwidth // 8])
-    return pointers
-
-
-@triton.jit
 def _load_bits(address, offsets, inside, IS_BF16: tl.constexpr, ALIGN: tl.constexpr):
     """Return the bits of fp32 or bf16 elements as those of fp32."""
     if IS_BF16:
-        bits = tl.load(_pointers(address, offsets, tl.int16, ALIGN), mask=inside, other=0).to(tl.int32) << 16
+        bits = tl.load(typed_pointers(address, offsets, tl.int16, ALIGN), mask=inside, other=0).to(tl.int32) << 16
     else:
-        bits = tl.load(_pointers(address, offsets, tl.int32, ALIGN), mask=inside, other=0)
+        bits = tl.load(typed_pointers(address, offsets, tl.int32, ALIGN), mask=inside, other=0)
     return bits
 
 
@@ -185,46 +177,6 @@ def _exp2(y):
     for k in tl.static_range(2, _EXP2_TERMS):
         polynomial = polynomial * t + _EXP2_COEFFICIENTS[k]
     return (polynomial * t + 1.0) * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-# ---- philox.py ------------------------------------------------------------------------------------------------------
-
-
-# ---- packing.py -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_words(address, first, calls, i, inside, BITS: tl.constexpr, ALIGN: tl.constexpr):
-    """Return int32 words of one byte each, or one of three for 3 bits; lane l is in word l modulo their number."""
-    words = ()
-    for place in tl.static_range(BITS):
-        pointers = _pointers(address, first + place * calls + i, tl.uint8, ALIGN)
-        words = words + (tl.load(pointers, mask=inside, other=0).to(tl.int32),)
-    if BITS == 3:
-        words = ((words[0] << 16) | (words[1] << 8) | words[2],)
-    return words
-
-
-@triton.jit
-def _code(words, LANE: tl.constexpr, BITS: tl.constexpr):
-    WORDS: tl.constexpr = 1 if BITS == 3 else BITS
-    return (words[LANE % WORDS] >> (BITS * (8 // WORDS - 1 - LANE // WORDS))) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _store_words(address, first, calls, i, inside, lanes, BITS: tl.constexpr, ALIGN: tl.constexpr):
-    WORDS: tl.constexpr = 1 if BITS == 3 else BITS
-    words = ()
-    for place in tl.static_range(WORDS):
-        word = lanes[place]
-        for plane in tl.static_range(1, 8 // WORDS):
-            word = (word << BITS) | lanes[place + plane * WORDS]
-        words = words + (word,)
-    if BITS == 3:
-        words = (words[0] >> 16, words[0] >> 8, words[0])
-    for place in tl.static_range(BITS):
-        pointers = _pointers(address, first + place * calls + i, tl.uint8, ALIGN)
-        tl.store(pointers, (words[place] & 0xFF).to(tl.uint8), mask=inside)
 
 
 # ---- dynamic.py -----------------------------------------------------------------------------------------------------
@@ -356,16 +308,6 @@ def _scale_draws(words, i):
 
 
 @triton.jit
-def _draw(words, LANE: tl.constexpr):
-    """Return uint32 draws in [0, 65536)."""
-    if LANE % 2 == 0:
-        draw = words[LANE // 2] & 0xFFFF
-    else:
-        draw = words[LANE // 2] >> 16
-    return draw
-
-
-@triton.jit
 def _adamw_update(param, grad, exp_avg, exp_avg_sq, factor1, factor2, denominator_factor, eps, decay, step_size):
     exp_avg = exp_avg + factor1 * (grad - exp_avg)
     exp_avg_sq = exp_avg_sq + factor2 * (grad * grad - exp_avg_sq)
@@ -465,10 +407,10 @@ def solo_step(
             if SECOND_BITS == 32:
                 exp_avg_sqs = exp_avg_sqs + (_load_bits(second_codes, offsets, insides[lane], False, ALIGN),)
         if FIRST_BITS != 32:
-            first_words = _load_words(first_codes, first_bytes, calls, i, holds, FIRST_BITS, ALIGN)
+            first_words = load_words(first_codes, first_bytes, calls, i, holds, FIRST_BITS, ALIGN)
             scale1 = _load_bits(first_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
         if SECOND_BITS != 32:
-            second_words = _load_words(second_codes, second_bytes, calls, i, holds, SECOND_BITS, ALIGN)
+            second_words = load_words(second_codes, second_bytes, calls, i, holds, SECOND_BITS, ALIGN)
             scale2 = _load_bits(second_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
             log2_base = _load_bits(second_log2_base, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)
             factors = (_exp2(log2_base)[:, None],)
@@ -485,12 +427,12 @@ def solo_step(
             if FIRST_BITS == 32:
                 exp_avg = exp_avgs[lane].to(tl.float32, bitcast=True)
             else:
-                exp_avg = _entry(_code(first_words, lane, FIRST_BITS), map_8, FIRST_BITS) * scale1
+                exp_avg = _entry(lane_code(first_words, lane, FIRST_BITS), map_8, FIRST_BITS) * scale1
             if SECOND_BITS == 32:
                 exp_avg_sq = exp_avg_sqs[lane].to(tl.float32, bitcast=True)
             else:
                 exp_avg_sq = scale2
-                code = _code(second_words, lane, SECOND_BITS)
+                code = lane_code(second_words, lane, SECOND_BITS)
                 for bit in tl.static_range(SECOND_BITS):
                     exp_avg_sq = tl.where((code >> bit) & 1 == 1, exp_avg_sq * factors[bit], exp_avg_sq)
 
@@ -513,18 +455,18 @@ def solo_step(
             offsets = elements + (lane * calls + i)
             if PARAM_BF16:
                 if WEIGHT_NOISE:
-                    rounded = round_to_bf16(params[lane], _draw(weight_words, lane), True)
+                    rounded = round_to_bf16(params[lane], lane_draw(weight_words, lane), True)
                 else:
                     rounded = round_to_bf16(params[lane], 0, False)
-                tl.store(_pointers(param, offsets, tl.int16, ALIGN), rounded, mask=insides[lane])
+                tl.store(typed_pointers(param, offsets, tl.int16, ALIGN), rounded, mask=insides[lane])
             else:
-                tl.store(_pointers(param, offsets, tl.float32, ALIGN), params[lane], mask=insides[lane])
+                tl.store(typed_pointers(param, offsets, tl.float32, ALIGN), params[lane], mask=insides[lane])
 
         # Phase 4: the first moment back to codes.
         if FIRST_BITS == 32:
             for lane in tl.static_range(8):
                 offsets = elements + (lane * calls + i)
-                tl.store(_pointers(first_codes, offsets, tl.float32, ALIGN), first_moments[lane], mask=insides[lane])
+                tl.store(typed_pointers(first_codes, offsets, tl.float32, ALIGN), first_moments[lane], mask=insides[lane])
         else:
             most = first_moments[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
             for lane in tl.static_range(1, 8):
@@ -546,12 +488,12 @@ def solo_step(
                 if PARTIAL:
                     code = tl.where(insides[lane], code, 0)
                 codes = codes + (code,)
-            _store_words(first_codes, first_bytes, calls, i, holds, codes, FIRST_BITS, ALIGN)
+            store_words(first_codes, first_bytes, calls, i, holds, codes, FIRST_BITS, ALIGN)
 
         if SECOND_BITS == 32:
             for lane in tl.static_range(8):
                 offsets = elements + (lane * calls + i)
-                tl.store(_pointers(second_codes, offsets, tl.float32, ALIGN), second_moments[lane], mask=insides[lane])
+                tl.store(typed_pointers(second_codes, offsets, tl.float32, ALIGN), second_moments[lane], mask=insides[lane])
         else:
             # Phase 5: the quantile of the second moment, which sets the last level.
             keys = ()
@@ -601,7 +543,7 @@ def solo_step(
                 level = (log2_scale[:, None] - _log2(second_moments[lane])) * inverse
                 if STATE_NOISE:
                     # 1 + draw 2^-16 by its bits, less 1 - 2^-17: (draw + ½) 2^-16 without an error.
-                    one_to_two = (_draw(state_words, lane) << 7) | 0x3F800000
+                    one_to_two = (lane_draw(state_words, lane) << 7) | 0x3F800000
                     level += one_to_two.to(tl.float32, bitcast=True) - 0.99999237060546875
                 else:
                     level += 0.5
@@ -609,4 +551,4 @@ def solo_step(
                 if PARTIAL:
                     code = tl.where(insides[lane], code, 0)
                 codes = codes + (code,)
-            _store_words(second_codes, second_bytes, calls, i, holds, codes, SECOND_BITS, ALIGN)
+            store_words(second_codes, second_bytes, calls, i, holds, codes, SECOND_BITS, ALIGN)

@@ -126,6 +126,20 @@ TECHNIQUES = (
         survives_nonfinite=True,
     ),
     Technique(
+        "four_bit",
+        trainer={
+            "plugins": [
+                {
+                    "class_path": "lowbit_lightning.precision.FourBitPrecision",
+                    "init_args": {"weight": "int4", "group_size": 32, "rounding": "stochastic", "gradient": "fp4"},
+                }
+            ]
+        },
+        excludes=("fzoo",),  # whose perturbations a 4-bit grid rounds away
+        rejects={"precision": "compute"},
+        survives_nonfinite=False,
+    ),
+    Technique(
         "spike_monitor",
         callbacks=(
             {
