@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 import lowbit_lightning.data
 import lowbit_lightning.models
 import lowbit_lightning.optim
+import lowbit_lightning.precision
 import lowbit_lightning.strategies  # noqa: F401
 from lowbit_lightning import checkpoints, late_optimizer
 from lowbit_lightning.__main__ import main
@@ -40,6 +41,7 @@ from lowbit_lightning.config_errors import ConfigParser, ConfigProblem, explain
 from lowbit_lightning.config_sources import resolve_names
 from lowbit_lightning.errors import CheckpointError, InvalidArgumentError, LowBitError
 from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.precision.four_bit import check_only_precision
 from lowbit_lightning.run_summary import summary
 from lowbit_lightning.spikes.trusted import find as find_trusted
 from lowbit_lightning.strategies.forward_only import ForwardOnlyMixin
@@ -168,6 +170,8 @@ class LowBitCLI(LightningCLI):
             if not configured["barebones"] and not any(isinstance(callback, MemoryLedger) for callback in callbacks):
                 callbacks.append(MemoryLedger())
             kwargs["callbacks"] = _without_repetition(callbacks)
+        asked = self._get(self.config_init, "trainer")
+        check_only_precision(asked["plugins"], asked["precision"])
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand in (None, "fit"):
             self._check_forward_only(trainer)

@@ -30,6 +30,29 @@ from lowbit_lightning.precision.recipe import Recipe
 DEFAULT_EXCLUDE = ("lm_head", "*embed*", "*lora_*")
 
 
+def check_only_precision(plugins: Any, precision: Any) -> None:
+    """Refuse a second word on precision beside FourBitPrecision, before Lightning does in other words.
+
+    Args:
+        plugins: what ``trainer.plugins`` has.
+        precision: what ``trainer.precision`` has.
+
+    Raises:
+        InvalidArgumentError: there is one.
+    """
+    asked = plugins if isinstance(plugins, list | tuple) else [plugins]
+    found = [type(one).__name__ for one in asked if isinstance(one, Precision)]
+    if "FourBitPrecision" not in found:
+        return
+    if len(found) > 1:
+        raise InvalidArgumentError(f"trainer.plugins has {len(found)} precision plugins, {', '.join(found)}: leave one")
+    if precision is not None:
+        raise InvalidArgumentError(
+            f"trainer.precision={precision} beside FourBitPrecision: set it to null, and compute={precision} (bf16-mixed, "
+            "bf16-true or 32-true) in the plugin's init_args"
+        )
+
+
 class FourBitPrecision(Precision):
     """Compute the linear layers of any module with 4-bit (3-bit, 2-bit) weights and activations.
 

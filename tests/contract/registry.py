@@ -136,7 +136,7 @@ TECHNIQUES = (
             ]
         },
         excludes=("fzoo",),  # whose perturbations a 4-bit grid rounds away
-        rejects={"precision": "compute"},
+        rejects={"precision": "beside FourBitPrecision: set it to null, and compute="},
         survives_nonfinite=False,
     ),
     Technique(
