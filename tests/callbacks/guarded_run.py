@@ -1,8 +1,6 @@
 """A small run whose gradients go wrong in chosen batches, under a SpikeGuard: in one process or in two."""
 
 import json
-import os
-import warnings
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,17 +172,8 @@ def whole(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def on_two_ranks(rank: int, folder: Path, port: int, cases: Sequence[str]) -> None:
+def on_two_ranks(rank: int, folder: Path, cases: Sequence[str]) -> None:
     """What each of two processes does: every case with a fault on one rank only, beside a run without."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }
     for case in cases:
         strategy, _, answer = case.partition("-")
         results = {}
@@ -211,4 +200,3 @@ def on_two_ranks(rank: int, folder: Path, port: int, cases: Sequence[str]) -> No
             results[run] = whole({key: value for key, value in state(trainer).items() if key != "optimizers"})
             results[run]["states"] = whole([list(one.state.values()) for one in trainer.optimizers])
         torch.save(results, folder / f"{case}.{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,14 +120,8 @@ def fit(
     return witness
 
 
-def on_rank(rank: int, folder: Path, port: int) -> None:
+def on_rank(rank: int, folder: Path) -> None:
     """What each of two processes does: one run with DDP and one with FSDP2; one rank spikes."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }  # fmt: skip
     reductions: list[int] = []
     gather_rows = step_meter.gather_rows
 
@@ -159,4 +151,3 @@ def on_rank(rank: int, folder: Path, port: int) -> None:
             "reductions": len(reductions),
         }
     (folder / f"{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,22 +179,12 @@ def plain(workers: int = 0, data: Any = None, **options: Any) -> Callable[[], Da
     return lambda: DataLoader(data if data is not None else dataset(), num_workers=workers, **options)
 
 
-def exact_on_two_ranks(rank: int, folder: Path, port: int) -> None:
+def exact_on_two_ranks(rank: int, folder: Path) -> None:
     """What each of two processes does in the test of distributed data parallel training."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }
     net = assert_exact(Case(plain(), devices=2, save_every=3, kill_after=5), folder)
     torch.save([net.batches, net.state_dict()], folder / f"rank{rank}.pt")
 
 
-if __name__ == "__main__":
-    run(Case(plain(2), really_kill=True), Path(sys.argv[1]), kill_after=13)
+def run_until_killed(folder: Path) -> None:
+    """A run that ends by SIGKILL."""
+    run(Case(plain(), really_kill=True), folder, kill_after=13)

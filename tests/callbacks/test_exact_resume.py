@@ -1,11 +1,7 @@
 """ExactResume: a run that is stopped after a checkpoint and started again ends with the same bits."""
 
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +24,10 @@ from callbacks.small_run import (
     plain,
     quiet_trainer,
     run,
+    run_until_killed,
 )
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, WeightedRandomSampler
+from two_processes import exit_code, launch
 
 from lowbit_lightning.callbacks.exact_resume import ExactResume, collect_rng, restore_rng
 from lowbit_lightning.data.resumable import ResumableDataLoader
@@ -135,22 +133,14 @@ def test_same_trainer_fits_again_bit_exactly_after_an_exception(tmp_path: Path) 
 
 
 def test_run_killed_by_sigkill_resumes_bit_exactly(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
-    command = [sys.executable, "-m", "callbacks.small_run", str(tmp_path / "killed")]
-    killed = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, timeout=120, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    case = Case(plain(2))
+    assert exit_code(run_until_killed, tmp_path / "killed") == -signal.SIGKILL
+    case = Case(plain())
     assert_same_end(run(case, tmp_path / "straight"), run(case, tmp_path / "killed", resume=True, seed=99))
 
 
 @pytest.mark.long
 def test_two_ranks_resume_bit_exactly_on_their_own_data(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(exact_on_two_ranks, args=(tmp_path, port), nprocs=2)
+    launch(exact_on_two_ranks, tmp_path)
     (batches0, weights0), (batches1, weights1) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert all(torch.equal(weights0[name], weights1[name]) for name in weights0)
     epoch = slice(-SAMPLES // BATCH // 2, None)

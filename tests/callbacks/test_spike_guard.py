@@ -1,7 +1,6 @@
 """SpikeGuard: a run in trouble ends with the same bits as one that never met it."""
 
 import logging
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +27,7 @@ from callbacks.guarded_run import (
 from contract.small_run import differences
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from two_processes import launch
 
 import lowbit_lightning.__main__ as command
 from lowbit_lightning.callbacks import ExactResume, SpikeGuard, SpikeInjector, SpikeMonitor
@@ -621,10 +621,7 @@ CASES = ("ddp-skip", "ddp-replay", "fsdp2-skip", "fsdp2-replay")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch serves all cases: starting two processes takes longer than their training."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(on_two_ranks, args=(folder, port, CASES), nprocs=2)
+    launch(on_two_ranks, folder, CASES)
     return folder
 
 

@@ -1,9 +1,6 @@
 """SpikeInjector: each fault does what it says, when it says, once, and nothing of it stays behind."""
 
 import copy
-import os
-import socket
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from two_processes import launch
 
 from lowbit_lightning.callbacks import SpikeInjector
 from lowbit_lightning.callbacks.spike_injector import corrupted
@@ -288,26 +286,16 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], named: str) -> None:
         SpikeInjector(**arguments)
 
 
-def _two_ranks(rank: int, folder: Path, port: int) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }  # fmt: skip
+def _two_ranks(rank: int, folder: Path) -> None:
     records = {
         kind: fit(SpikeInjector(1, kind), steps=2, strategy="ddp", devices=2)[1]  # type: ignore[arg-type]
         for kind in ("nan_grad", "loss", "rank")
     }
     torch.save({kind: record.gradients for kind, record in records.items()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_rank_breaks_the_last_rank_only_and_the_others_break_all(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_two_ranks, args=(tmp_path, port), nprocs=2)
+    launch(_two_ranks, tmp_path)
     first, last = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["loss"] == last["loss"]
     assert [gradients[1] != gradients[1] for gradients in (first["nan_grad"], last["nan_grad"])] == [True, True]

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from two_processes import launch
 
 from lowbit_lightning.callbacks import SpikeMonitor
 from lowbit_lightning.errors import InvalidArgumentError
@@ -423,10 +423,7 @@ def test_bad_arguments_are_named(settings: dict[str, Any], message: str) -> None
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, args=(folder, port), nprocs=2)
+    launch(on_rank, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -187,18 +187,28 @@ def together(one: Technique, other: Technique) -> Technique:
     )
 
 
-def _cases() -> list[Any]:
-    """The baseline, every technique, every pair; of a technique's pairs all but its first are left to ``long``."""
-    cases, paired = [pytest.param(case, id=case.name) for case in (BASELINE, *TECHNIQUES)], set()
-    for one, other in combinations(TECHNIQUES, 2):
-        if make_sense_together(one, other):
-            marks = [pytest.mark.long] if {one.name, other.name} <= paired else []
-            paired |= {one.name, other.name}
-            pair = together(one, other)
-            cases.append(pytest.param(pair, id=pair.name, marks=marks))
-    return cases
+def _cases(quick_pairs: bool) -> list[Any]:
+    """The baseline, every technique, every pair. Pairs are ``long``, but for so few that each technique is in one."""
+    pairs = [pair for pair in combinations(TECHNIQUES, 2) if make_sense_together(*pair)]
+    quick, paired = [], set[str]()
+    for both_are_new in (True, False) if quick_pairs else ():
+        for one, other in pairs:
+            new = {one.name, other.name} - paired
+            if len(new) == 2 or (new and not both_are_new):
+                quick.append((one, other))
+                paired |= new
+    return [
+        *(pytest.param(case, id=case.name) for case in (BASELINE, *TECHNIQUES)),
+        *(
+            pytest.param(together(*pair), id=together(*pair).name, marks=[] if pair in quick else [pytest.mark.long])
+            for pair in pairs
+        ),
+    ]
 
 
-CASES = _cases()
+#: Every technique, and every pair of which a sample is quick.
+CASES = _cases(quick_pairs=True)
 #: Parametrizes a test over the registry; its argument is called ``technique``.
 every_technique = pytest.mark.parametrize("technique", CASES)
+#: The same where one technique is unlikely to change what another does: all pairs are ``long``.
+each_technique = pytest.mark.parametrize("technique", _cases(quick_pairs=False))

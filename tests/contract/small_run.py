@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit_lightning.cli import LowBitCLI
 
-STEPS, SAVED_AT = 36, 5  # three epochs; a checkpoint in the middle of the first
+STEPS, SAVED_AT = 36, 19  # three epochs; a checkpoint in the middle of the second
 SCHEDULE = {
     "class_path": "torch.optim.lr_scheduler.LinearLR",
     "init_args": {"start_factor": 1.0, "end_factor": 0.0, "total_iters": STEPS_TO_ZERO},

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import yaml
-from contract.registry import Technique, every_technique
+from contract.registry import Technique, each_technique
 from contract.small_run import configuration, write
 from contract.third_party import NextByte
 from lightning.pytorch.cli import LightningCLI
@@ -46,7 +46,7 @@ def assert_on(cli: LightningCLI, class_paths: list[str]) -> None:
     assert {class_path.rpartition(".")[2] for class_path in class_paths} <= names
 
 
-@every_technique
+@each_technique
 def test_printed_configuration_round_trips_and_trains(technique: Technique, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for name in (write(configuration(technique, max_steps=2)), "printed.yaml"):
@@ -60,7 +60,7 @@ def test_printed_configuration_round_trips_and_trains(technique: Technique, caps
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers. will be overridden by .LightningCLI")
-@every_technique
+@each_technique
 def test_stock_cli_trains_with_the_same_configuration(technique: Technique, stock_cli: StockCLI) -> None:
     config = configuration(technique, max_steps=2)
     del config["model"]

@@ -1,16 +1,19 @@
 """Trainer settings work with every technique, or are refused before the first step: never silently ignored."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from contract.registry import Technique, every_technique
+from contract.conftest import Trained
+from contract.registry import Technique, each_technique, every_technique
 from contract.small_run import Run, state_dtypes
 
 from lowbit_lightning.errors import LowBitError
 from lowbit_lightning.optim import LowBitOptimizer
 
+Trains = Callable[[Technique], Trained]
 STEPS = 6
 
 
@@ -44,8 +47,8 @@ def test_accumulated_batches_make_one_step(technique: Technique) -> None:
 
 
 @every_technique
-def test_gradients_are_clipped_before_the_step(technique: Technique) -> None:
-    unclipped = Run(technique, max_steps=STEPS).fit().record.gradient_norms
+def test_gradients_are_clipped_before_the_step(technique: Technique, trained: Trains) -> None:
+    unclipped = trained(technique).run.record.gradient_norms[:STEPS]
     limit = min(unclipped, default=1.0) / 2  # a technique may compute no gradient
     run = fit_or_refusal(technique, "gradient_clip_val", limit)
     if run is not None:
@@ -54,18 +57,18 @@ def test_gradients_are_clipped_before_the_step(technique: Technique) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@every_technique
-def test_bf16_trains_and_keeps_state_dtypes(technique: Technique, precision: str) -> None:
+@each_technique
+def test_bf16_trains_and_keeps_state_dtypes(technique: Technique, trained: Trains, precision: str) -> None:
     run = fit_or_refusal(technique, "precision", precision)
     if run is not None:
         assert_trained(run)
         weights = {parameter.dtype for parameter in run.module.parameters()}
         assert weights == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
         if isinstance(run.trainer.optimizers[0], LowBitOptimizer):
-            assert state_dtypes(run) == state_dtypes(Run(technique, max_steps=1).fit())
+            assert state_dtypes(run) == state_dtypes(trained(technique).run)
 
 
-@every_technique
+@each_technique
 def test_16_mixed_on_cpu_is_announced_as_bf16(technique: Technique) -> None:
     if {"precision", "precision=16-mixed"} & technique.rejects.keys():
         assert fit_or_refusal(technique, "precision", "16-mixed") is None

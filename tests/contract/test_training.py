@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from contract.conftest import Trained
-from contract.registry import CASES, Technique, every_technique
+from contract.registry import CASES, Technique, each_technique, every_technique
 from contract.small_run import Run
 from contract.third_party import STEPS_TO_ZERO, Awkward, NextByte, Overflowing
 
@@ -31,7 +31,7 @@ def test_learning_rate_schedule_is_honoured(technique: Technique, trained: Train
     assert [name for name in still if not torch.equal(still[name], last[name])] == []
 
 
-@every_technique
+@each_technique
 def test_module_is_left_as_it_came(technique: Technique) -> None:
     def traces(module: torch.nn.Module) -> dict[str, Any]:
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
@@ -48,7 +48,7 @@ def test_module_is_left_as_it_came(technique: Technique) -> None:
     assert traces(Run(technique, max_steps=2).fit().module) == before
 
 
-@every_technique
+@each_technique
 def test_parameters_without_a_gradient_do_not_move(technique: Technique) -> None:
     run = Run(technique, module=Awkward, max_steps=6).fit()
     weights = dict(run.module.named_parameters())

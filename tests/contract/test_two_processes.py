@@ -1,6 +1,5 @@
 """Two processes that train on different data end with the same bits in every weight and every optimizer state."""
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from contract.registry import Technique, every_technique
 from contract.small_run import differences
 from contract.two_ranks import train_on_rank
+from two_processes import launch
 
 Ranks = Callable[[Technique], list[dict[str, Any]]]
 
@@ -19,10 +19,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("ranks")
     calls = [vars(item).get("callspec") for item in request.session.items if item.path == request.path]
     techniques = [call.params["technique"] for call in calls if call is not None]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(train_on_rank, args=(techniques, folder, port), nprocs=2)
+    launch(train_on_rank, techniques, folder)
     return lambda technique: [torch.load(folder / f"{technique.name}.{rank}.pt") for rank in range(2)]
 
 

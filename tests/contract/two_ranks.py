@@ -4,7 +4,6 @@ One launch serves them all, because starting two processes takes longer than the
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +12,8 @@ from contract.registry import Technique
 from contract.small_run import Run
 
 
-def train_on_rank(rank: int, techniques: Sequence[Technique], folder: Path, port: int) -> None:
+def train_on_rank(rank: int, techniques: Sequence[Technique], folder: Path) -> None:
     """Train a few steps with each technique and write what came of it to ``folder``, by technique and rank."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }
     own = folder / f"rank{rank}"
     own.mkdir()
     os.chdir(own)
@@ -34,4 +24,3 @@ def train_on_rank(rank: int, techniques: Sequence[Technique], folder: Path, port
             **{"strategy": "ddp"} | technique.trainer | technique.two_processes | {"max_steps": 8, "devices": 2},
         ).fit()
         torch.save({"state": run.state(), "batches": run.record.batches}, folder / f"{technique.name}.{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -4,8 +4,6 @@ One launch serves all tests, because starting two processes takes longer than wh
 both processes see the same batches, so that a single process must end with the very same bits.
 """
 
-import os
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -149,14 +147,11 @@ def train(way: tuple[str, bool], folder: Path, sharded: bool = False) -> dict[st
 
 def work(rank: int, folder: Path) -> None:
     """Run everything and write what came of it to ``folder``, by rank."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     found: dict[str, Any] = {name: _train_and_save(folder / name, dtype) for name, dtype in DTYPES.items()}
     found |= {"adamw": _take_over_adamw(), "columns": _divided_columns(), "partial": _partial_gradients()}
-    found |= {"lightning": _lightning(rank, folder)}
+    found |= {"lightning": {way: train(way, folder, sharded=True) for way in WAYS}}
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def _train_and_save(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -248,9 +243,3 @@ def _partial_gradients() -> dict[str, Any]:
             param.grad = DTensor.from_local(half, mesh, [Partial()], run_check=False)
         optimizer.step()
     return result(weights, optimizer)
-
-
-def _lightning(rank: int, folder: Path) -> dict[str, Any]:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ["NODE_RANK"] = "0"
-    return {way: train(way, folder, sharded=True) for way in WAYS}

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from two_processes import launch
 
 from lowbit_lightning.errors import CheckpointError
 from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, dequantize_error, micro_adam_step, new_state
@@ -41,7 +42,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did, which all tests look at."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(folder,), nprocs=2)
+    launch(work, folder)
     return folder
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from two_processes import launch
 
 from lowbit_lightning.optim import SoloAdamW, state_bytes
 
@@ -39,7 +40,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did, which all tests look at."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(folder,), nprocs=2)
+    launch(work, folder)
     return folder
 
 

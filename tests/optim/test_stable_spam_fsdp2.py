@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from optim.stable_spam_ranks import SETTINGS, STEPS, Weights, result, run, stabilized, work
+from two_processes import launch
 
 from lowbit_lightning.optim import StableSPAM
 
@@ -15,7 +16,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes did, which all tests look at."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(folder,), nprocs=2)
+    launch(work, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

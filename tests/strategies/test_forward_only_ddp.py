@@ -1,12 +1,12 @@
 """Two processes that exchange losses only stay equal to the last bit, and equal to one with all of the data."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from strategies.two_ranks import train_on_rank
+from two_processes import launch
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.strategies import ForwardOnlyDDPStrategy
@@ -17,10 +17,7 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(train_on_rank, args=(folder, port), nprocs=2)
+    launch(train_on_rank, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

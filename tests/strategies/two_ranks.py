@@ -1,7 +1,6 @@
 """What each of two processes does in the test of data-parallel forward-only training; one launch for all of it."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +75,8 @@ def fit(net: Routed, *callbacks: Callback, strategy: Any = None, ckpt_path: Any 
     return net
 
 
-def train_on_rank(rank: int, folder: Path, port: int) -> None:
+def train_on_rank(rank: int, folder: Path) -> None:
     """Train in all the ways that the tests ask about, and write what came of it."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }
     os.chdir(folder)
     torch.manual_seed(rank)  # processes that start from other weights, and draw other dropout masks
     long = fit(Routed())
@@ -115,4 +105,3 @@ def train_on_rank(rank: int, folder: Path, port: int) -> None:
         "together": together.state_dict(), "alone": alone.state_dict(), "message": message,
     }  # fmt: skip
     torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
