@@ -52,9 +52,7 @@ def dequantized(packed: Sequence[Tensor], scheme: Scheme, columns: int) -> Tenso
     """Return the (rows, columns) values of a packed matrix, given by its parts."""
     if not torch.compiler.is_compiling():
         return dequantize(Packed(*packed), scheme, columns)
-    return _dequantize_op(
-        list(packed), scheme.format, scheme.group_size, scheme.asymmetric, scheme.outliers, columns
-    )
+    return _dequantize_op(list(packed), scheme.format, scheme.group_size, scheme.asymmetric, scheme.outliers, columns)
 
 
 @torch.library.custom_op("lowbit_lightning::four_bit_quantize", mutates_args=())
@@ -105,8 +103,6 @@ def _dequantize_op(
 
 
 @_dequantize_op.register_fake
-def _(
-    packed: list[Tensor], format: str, group_size: int, asymmetric: bool, outliers: int, columns: int
-) -> Tensor:
+def _(packed: list[Tensor], format: str, group_size: int, asymmetric: bool, outliers: int, columns: int) -> Tensor:
     parts = Packed(*packed)
     return parts.outlier_values.new_empty(parts.codes.shape[0], columns)

@@ -466,7 +466,9 @@ def solo_step(
         if FIRST_BITS == 32:
             for lane in tl.static_range(8):
                 offsets = elements + (lane * calls + i)
-                tl.store(typed_pointers(first_codes, offsets, tl.float32, ALIGN), first_moments[lane], mask=insides[lane])
+                tl.store(
+                    typed_pointers(first_codes, offsets, tl.float32, ALIGN), first_moments[lane], mask=insides[lane]
+                )
         else:
             most = first_moments[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
             for lane in tl.static_range(1, 8):
@@ -493,7 +495,9 @@ def solo_step(
         if SECOND_BITS == 32:
             for lane in tl.static_range(8):
                 offsets = elements + (lane * calls + i)
-                tl.store(typed_pointers(second_codes, offsets, tl.float32, ALIGN), second_moments[lane], mask=insides[lane])
+                tl.store(
+                    typed_pointers(second_codes, offsets, tl.float32, ALIGN), second_moments[lane], mask=insides[lane]
+                )
         else:
             # Phase 5: the quantile of the second moment, which sets the last level.
             keys = ()

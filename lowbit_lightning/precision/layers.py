@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from lowbit_lightning.precision.four_bit import FourBitPrecision
 
 
-def layers_to_quantize(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def layers_to_quantize(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield names and layers: every Linear, and Conv1D of transformers, that is included and not excluded.
 
     A pattern such as ``"*embed*"`` or ``"lm_head"`` is compared with the layer's whole name and with every ending of it

@@ -176,7 +176,9 @@ def test_zero_stays_zero_and_subnormals_stay_finite(scheme: Scheme) -> None:
     assert (found - x).abs().max() <= 2.0**-126
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int4", 64), Scheme("int4", 64, True), Scheme("fp4", 64), Scheme("mxfp4", 32)])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int4", 64), Scheme("int4", 64, True), Scheme("fp4", 64), Scheme("mxfp4", 32)]
+)
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_value_not_finite_spoils_its_group_and_no_other(scheme: Scheme, bad: float) -> None:
     x = torch.randn(2, 128)
@@ -254,7 +256,9 @@ def test_triton_is_the_reference_bit_for_bit(scheme: Scheme) -> None:
         assert_same(expected, again)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int4", 64), Scheme("int3", 64, True), Scheme("fp4", 64), Scheme("mxfp4", 32)])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int4", 64), Scheme("int3", 64, True), Scheme("fp4", 64), Scheme("mxfp4", 32)]
+)
 def test_stochastic_rounding_is_right_on_average_and_goes_to_neighbours_only(scheme: Scheme) -> None:
     x = torch.randn(1, 64)
     repeated = x.expand(4000, 64)
