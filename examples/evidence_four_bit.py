@@ -141,6 +141,7 @@ def run(job: Job, steps: int) -> dict[str, Any]:
     if done.exists():
         return json.loads(done.read_text())
     RUNS.mkdir(parents=True, exist_ok=True)
+    config["trainer"]["default_root_dir"] = str(RUNS)
     laid_over = done.with_suffix(".yaml")
     laid_over.write_text(json.dumps(config))  # which is YAML
     started, curves = time.perf_counter(), Curves()
@@ -229,7 +230,7 @@ def write(results: list[dict[str, Any]], steps: int, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     seeds = len({result["seed"] for result in results})
     text = (
-        f"{tables(results)}\n\n{steps} steps; mean ± standard deviation of {seeds} seeds where there is one, else seed 0. "
+        f"{tables(results)}\n\n{steps} steps; mean ± standard deviation of {seeds} seeds, or seed 0 alone. "
         f"{platform.machine()} CPU, torch {torch.__version__}.\n"
     )
     (out / "four_bit.md").write_text(text)

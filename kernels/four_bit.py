@@ -205,7 +205,8 @@ def quantize(
     for backend in (four_bit_cpu, four_bit_triton):
         if backend.takes(x, dtype):
             out = torch.empty(x.shape, dtype=dtype, device=x.device) if values else None
-            filled = empty_packed(*x.shape, scheme, dtype, x.device)
+            rows, columns = x.shape
+            filled = empty_packed(rows, columns, scheme, dtype, x.device)
             if scheme.spec.scale == "e4m3":
                 filled.tensor_scale.copy_(_tensor_scale(x))
             if x.numel():
@@ -228,9 +229,10 @@ def dequantize(packed: Packed, scheme: Scheme, columns: int) -> Tensor:
 
 
 def fake_quantize_fp8(x: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """Return (rows, columns) values rounded to E4M3 with an fp32 scale for each group, as DeepSeek-V3 does (2412.19437).
+    """Return (rows, columns) values rounded to E4M3 with an fp32 scale for each group.
 
-    A last group may be short; a group that holds infinity or NaN becomes NaN.
+    So DeepSeek-V3 (arXiv 2412.19437) scales what it multiplies in eight bits. A last group may be short; a group that
+    holds infinity or NaN becomes NaN.
     """
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, -columns % group_size)).view(rows, -1, group_size)

@@ -2,12 +2,12 @@
 
 A group of numbers shares a scale; each is a code that names a point of the format's grid, in units of the scale.
 
-    format       grid of the symmetric form                        group        scale of the group
-    int4/3/2     integers to ±7 / ±3 / ±1                          any          fp32, the largest magnitude on the last point
-    fp4          E2M1: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives   any          fp32
-    fp4_uniform  integers to ±4                                    any          fp32
-    nvfp4        E2M1                                              16           E4M3, times one fp32 scale of the tensor
-    mxfp4        E2M1                                              32           E8M0, a power of two
+    format       grid of the symmetric form                         group   scale of the group
+    int4/3/2     integers to ±7 / ±3 / ±1                           any     fp32: its largest value is the last point
+    fp4          E2M1: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives  any     fp32, likewise
+    fp4_uniform  integers to ±4                                     any     fp32, likewise
+    nvfp4        E2M1                                               16      E4M3, times one fp32 scale of the tensor
+    mxfp4        E2M1                                               32      E8M0, a power of two
 
 ``fp4_uniform`` is what the published code of Stable-SPAM (arXiv 2502.17055) calls FP4: there the exponent has no
 effect. The integer formats also have an asymmetric form for weights: ``2**bits`` levels between the group's least and
@@ -185,7 +185,7 @@ def decode_scale(stored: Tensor, scheme: Scheme, tensor_scale: Tensor) -> Tensor
 
 
 def tensor_scale_of(most: Tensor) -> Tensor:
-    """Return nvfp4's scale of a tensor whose largest magnitude is ``most``, () fp32: its largest group takes E4M3's 448."""
+    """Return nvfp4's scale of a tensor whose largest magnitude is ``most``, () fp32: its largest group has 448."""
     return torch.where(most.isfinite(), _divided(most, 6.0 * LARGEST_E4M3).clamp_min(SMALLEST_NORMAL), torch.nan)
 
 

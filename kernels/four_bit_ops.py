@@ -52,7 +52,10 @@ def dequantized(packed: Sequence[Tensor], scheme: Scheme, columns: int) -> Tenso
     """Return the (rows, columns) values of a packed matrix, given by its parts."""
     if not torch.compiler.is_compiling():
         return dequantize(Packed(*packed), scheme, columns)
-    return _dequantize_op(list(packed), scheme.format, scheme.group_size, scheme.asymmetric, scheme.outliers, columns)
+    found: Tensor = _dequantize_op(
+        list(packed), scheme.format, scheme.group_size, scheme.asymmetric, scheme.outliers, columns
+    )
+    return found
 
 
 @torch.library.custom_op("lowbit_lightning::four_bit_quantize", mutates_args=())
@@ -92,7 +95,7 @@ def _(
 ) -> list[Tensor]:
     scheme = Scheme(format, group_size, asymmetric, outliers)
     first = x.new_empty(x.shape if values else (0,), dtype=dtype)
-    return [first, *(empty_packed(*x.shape, scheme, dtype, x.device) if packed else ())]
+    return [first, *(empty_packed(x.shape[0], x.shape[1], scheme, dtype, x.device) if packed else ())]
 
 
 @torch.library.custom_op("lowbit_lightning::four_bit_dequantize", mutates_args=())

@@ -1,5 +1,5 @@
-# ruff: noqa: RUF005, SIM108
-# Triton's compiler knows neither starred tuples nor conditional expressions of tensors.
+# ruff: noqa: RUF005
+# Triton's compiler knows no starred tuples.
 """The SOLO step on CUDA: what solo_step_reference in solo.py means, bit for bit, as three Triton kernels.
 
 ``check_gradients`` flags tensors with a gradient that is not finite, ``advance_steps`` counts the step and derives its

@@ -171,7 +171,9 @@ class LowBitCLI(LightningCLI):
                 callbacks.append(MemoryLedger())
             kwargs["callbacks"] = _without_repetition(callbacks)
         asked = self._get(self.config_init, "trainer")
-        check_only_precision(asked["plugins"], asked["precision"])
+        if isinstance(asked["plugins"], list):
+            kwargs["plugins"] = _without_repetition(asked["plugins"])
+        check_only_precision(kwargs.get("plugins", asked["plugins"]), asked["precision"])
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand in (None, "fit"):
             self._check_forward_only(trainer)
@@ -277,15 +279,15 @@ def quieten_lightning() -> None:
     )
 
 
-def _without_repetition(callbacks: list[Any]) -> list[Any]:
-    """Drop a callback of ours that a later configuration brings again: overlays append, and the later one wins."""
+def _without_repetition(parts: list[Any]) -> list[Any]:
+    """Drop a callback or plugin of ours that a later configuration brings again: overlays append, the later one wins."""
     kept: list[Any] = []
-    for position, callback in enumerate(callbacks):
-        ours = type(callback).__module__.startswith("lowbit_lightning.")
-        if ours and any(type(callback) is type(later) for later in callbacks[position + 1 :]):
-            rank_zero_info(f"{type(callback).__name__} is configured more than once: the last one is used.")
+    for position, part in enumerate(parts):
+        ours = type(part).__module__.startswith("lowbit_lightning.")
+        if ours and any(type(part) is type(later) for later in parts[position + 1 :]):
+            rank_zero_info(f"{type(part).__name__} is configured more than once: the last one is used.")
         else:
-            kept.append(callback)
+            kept.append(part)
     return kept
 
 

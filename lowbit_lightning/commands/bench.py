@@ -61,8 +61,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.what in ("guard", "precision"):
         from lowbit_lightning.commands import bench_guard, bench_precision
 
-        bench = {"guard": bench_guard, "precision": bench_precision}[options.what]
-        return bench.run(
+        measure = bench_guard.run if options.what == "guard" else bench_precision.run
+        return measure(
             device=device,
             workloads=workloads,
             repeats=options.repeats,

@@ -116,7 +116,8 @@ class _Samples(Callback):
             if trainer.global_step == peaked:
                 # Apart from the loop: forward and backward, with the gradients that it makes.
                 def step() -> None:
-                    healthy(batch, batch_idx).backward()
+                    loss: Any = healthy(batch, batch_idx)
+                    loss.backward()
 
                 pl_module.zero_grad()
                 self.row.peak_bytes = transient_bytes(step, self.device)

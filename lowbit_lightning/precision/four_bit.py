@@ -48,8 +48,8 @@ def check_only_precision(plugins: Any, precision: Any) -> None:
         raise InvalidArgumentError(f"trainer.plugins has {len(found)} precision plugins, {', '.join(found)}: leave one")
     if precision is not None:
         raise InvalidArgumentError(
-            f"trainer.precision={precision} beside FourBitPrecision: set it to null, and compute={precision} (bf16-mixed, "
-            "bf16-true or 32-true) in the plugin's init_args"
+            f"trainer.precision={precision} beside FourBitPrecision: set it to null, and compute={precision} in the "
+            "plugin's init_args (bf16-mixed, bf16-true or 32-true)"
         )
 
 
