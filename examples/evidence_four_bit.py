@@ -110,7 +110,7 @@ def overrides(job: Job, steps: int) -> dict[str, Any]:
         rules = {"rules": list(variant.rules)}
         callbacks.append({"class_path": "lowbit_lightning.callbacks.GradientStabilizer", "init_args": rules})
     if job.spikes:
-        spikes = {"step": [step for step in SPIKES if step < steps], "kind": "loss"}
+        spikes = {"step": sorted({min(step, steps - 1) for step in SPIKES}), "kind": "loss"}
         callbacks.append({"class_path": "lowbit_lightning.callbacks.SpikeInjector", "init_args": spikes})
     trainer: dict[str, Any] = {
         "accelerator": "cpu", "max_steps": steps, "val_check_interval": steps // 4, "limit_val_batches": 16,

@@ -280,7 +280,7 @@ def quieten_lightning() -> None:
 
 
 def _without_repetition(parts: list[Any]) -> list[Any]:
-    """Drop a callback or plugin of ours that a later configuration brings again: overlays append, the later one wins."""
+    """Drop callbacks and plugins of ours that a later configuration brings again: overlays append, the last wins."""
     kept: list[Any] = []
     for position, part in enumerate(parts):
         ours = type(part).__module__.startswith("lowbit_lightning.")

@@ -77,6 +77,8 @@ class LastInput:
 
     def get(self, x: Tensor, key: Any, make: Callable[[], QuantizedInput]) -> QuantizedInput:
         """Return the quantized ``x``, by ``make`` if it is not the one at hand; ``key`` is all else it depends on."""
+        if x.is_inference():  # which has no version to tell whether it was changed in place
+            return make()
         key = (x._version, key)
         if self._entry is not None and self._entry[0]() is x and self._entry[1] == key:
             return self._entry[2]

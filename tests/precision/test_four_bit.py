@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -15,10 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim import FZOO
 from lowbit_lightning.precision import FourBitPrecision
-from lowbit_lightning.precision.four_bit import check_only_precision
 from lowbit_lightning.precision.straight_through import quantize_weight
 from lowbit_lightning.spikes.remedies import Remedies
 
@@ -310,6 +306,19 @@ def test_values_not_finite_reach_the_loss() -> None:
     assert y[[0, 2, 3]].isfinite().all()
 
 
+def test_an_input_changed_in_place_is_quantized_anew() -> None:
+    layer, x = nn.Linear(64, 8), torch.randn(4, 64)
+    converted(layer)
+    first = layer(x)
+    x.neg_()
+    torch.testing.assert_close(layer(x) - layer.bias, layer.bias - first)
+    with torch.inference_mode():
+        y = x * 1
+        assert torch.equal(layer(y), layer(x))
+        y.neg_()
+        assert torch.equal(layer(y), first)
+
+
 def test_empty_batch() -> None:
     layer, x = nn.Linear(64, 8), torch.randn(0, 64, requires_grad=True)
     converted(layer)
@@ -338,45 +347,3 @@ def test_compiled_in_one_graph_for_all_steps(arguments: dict[str, Any]) -> None:
         for one, other in zip(*found[-2:], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"weight": "fp5"}, "weight='fp5' is unknown; it is one of int4"),
-        ({"activation": "int8"}, "activation='int8' is unknown"),
-        ({"gradient": "int4"}, "gradient='int4' is unknown; it is one of fp8, fp4"),
-        ({"weight": None}, "quantize nothing"),
-        ({"group_size": 12}, "group_size=12 is out of range: a multiple of 8"),
-        ({"weight": "nvfp4", "group_size": 16}, "group_size=16 has no use: nvfp4 has groups of 16"),
-        ({"outliers": -1}, "outliers=-1 is out of range"),
-        ({"rounding": "up"}, "rounding='up' is out of range: nearest, stochastic"),
-        ({"compute": "16-mixed"}, "compute='16-mixed' is out of range: bf16-mixed"),
-        ({"evaluate": "8-bit"}, "evaluate='8-bit' is out of range: 4-bit, master"),
-        ({"raised_steps": 0}, "raised_steps=0 is out of range"),
-    ],
-)
-def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        FourBitPrecision(**arguments)
-
-
-def test_patterns_that_leave_no_layer() -> None:
-    with pytest.raises(
-        InvalidArgumentError, match=r"leave no layer to quantize; the linear layers of Module are net.0"
-    ):
-        fit(FourBitPrecision(include=["decoder.*"]))
-
-
-def test_a_second_word_on_precision_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="beside FourBitPrecision: set it to null, and compute=bf16-true"):
-        check_only_precision([FourBitPrecision()], "bf16-true")
-    with pytest.raises(InvalidArgumentError, match="2 precision plugins, FourBitPrecision, HalfPrecision: leave one"):
-        check_only_precision([FourBitPrecision(), HalfPrecision()], None)
-    check_only_precision(FourBitPrecision(), None)
-    check_only_precision(None, "bf16-true")
-
-
-def test_optimizers_without_gradients_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="the optimizer is FZOO, whose perturbations"):
-        FourBitPrecision().connect(Module(), [FZOO(Module().named_parameters(), lr=0.1)], [])
