@@ -37,6 +37,7 @@ from .bench_measure import transient_bytes
 from .bench_optim import setting
 
 _WARM_UP = 2  # steps
+_IN_A_ROW = 2  # timed steps of one variant, before it is the next one's turn
 
 _BASELINE = "bf16-mixed"
 #: Keeps each distinct input of the layers once, in bf16.
@@ -105,6 +106,7 @@ class _Samples(Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In the first turn there are two steps more, which are not timed.
         healthy, counted, peaked = pl_module.training_step, self.timed.stop, self.timed.stop + 1
 
         def watched(batch: Any, batch_idx: int) -> Any:
@@ -191,7 +193,11 @@ def run(*, device: str, workloads: list[str], repeats: int, threads: int | None,
     report: dict[str, Any] = {"setting": setting(device, "fp32", repeats), "workloads": []}
     print(bench_report.header(report["setting"]), flush=True)
     for name in workloads:
-        rows = {variant: measure(WORKLOADS[name], variant, device, repeats) for variant in VARIANTS}
+        rows = {variant: Row() for variant in VARIANTS}
+        # In turns, so that a machine that is slower for a while is so for all.
+        for first in range(0, repeats, _IN_A_ROW):
+            for variant, row in rows.items():
+                measure(WORKLOADS[name], variant, row, device, min(_IN_A_ROW, repeats - first))
         report["workloads"].append(summary(WORKLOADS[name], rows))
         print(f"\n{table(report['workloads'][-1])}", flush=True)
     print(f"\n{LEGEND}")
@@ -201,13 +207,13 @@ def run(*, device: str, workloads: list[str], repeats: int, threads: int | None,
     return 0
 
 
-def measure(workload: GuardWorkload, variant: str, device: str, repeats: int) -> Row:
-    """Train for the warm-up, ``repeats`` timed steps and two counted ones, and return the samples."""
+def measure(workload: GuardWorkload, variant: str, row: Row, device: str, repeats: int) -> None:
+    """Train for the warm-up and ``repeats`` timed steps; the first time also count bytes. Adds to ``row``."""
     print(f"[{workload.name}] {variant}", file=sys.stderr, flush=True)
-    row, module, settings = Row(), workload.module(), VARIANTS[variant]()
+    module, settings = workload.module(), VARIANTS[variant]()
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), 1e-3)  # type: ignore[method-assign,assignment]
     callbacks = [*settings.pop("callbacks", []), _Samples(row, repeats, device)]
-    steps = _WARM_UP + repeats + 2
+    steps = _WARM_UP + repeats + (0 if row.steps else 2)
     with tempfile.TemporaryDirectory() as folder, peers_silenced():  # Lightning's advice, here
         trainer = Trainer(
             accelerator=device, devices=1, max_steps=steps, logger=False, enable_checkpointing=False,
@@ -216,7 +222,6 @@ def measure(workload: GuardWorkload, variant: str, device: str, repeats: int) ->
         )  # fmt: skip
         batches: Any = workload.batches(steps)
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    return row
 
 
 def summary(workload: GuardWorkload, rows: dict[str, Row]) -> dict[str, Any]:
