@@ -133,11 +133,16 @@ def overrides(job: Job, steps: int) -> dict[str, Any]:
     }
 
 
+def result_file(job: Job, steps: int) -> Path:
+    """Return where a run's measurements are kept: whatever decides them is in the name."""
+    settings = json.dumps(overrides(job, steps), sort_keys=True)
+    identity = hashlib.blake2s(settings.encode(), digest_size=6).hexdigest()
+    return RUNS / f"{job.variant.replace(' ', '-')}-lr{job.lr:g}-seed{job.seed}-{identity}.json"
+
+
 def run(job: Job, steps: int) -> dict[str, Any]:
     """Train once and return the measurements, or read them if this run was finished before."""
-    config = overrides(job, steps)
-    identity = hashlib.blake2s(json.dumps(config, sort_keys=True).encode(), digest_size=6).hexdigest()
-    done = RUNS / f"{job.variant.replace(' ', '-')}-lr{job.lr:g}-seed{job.seed}-{identity}.json"
+    config, done = overrides(job, steps), result_file(job, steps)
     if done.exists():
         return json.loads(done.read_text())
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -248,9 +253,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of every run")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table, the plot and the numbers")
+    parser.add_argument("--finished", action="store_true", help="train nothing, show the runs that there are")
     arguments = parser.parse_args()
 
     results, todo = [], jobs(arguments.seeds)
+    if arguments.finished:
+        todo = [job for job in todo if result_file(job, arguments.steps).exists()]
     for number, job in enumerate(todo, start=1):
         print(f"--- {number} of {len(todo)}: {job}", flush=True)
         results.append(run(job, arguments.steps))
