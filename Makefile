@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart minilm test test-all lint types format evidence-quickstart evidence-solo evidence-spikes evidence-four-bit evidence-forward-only digests clean
+.PHONY: quickstart minilm test test-all lint types format evidence-quickstart evidence-solo evidence-spikes evidence-dsq evidence-four-bit evidence-forward-only digests clean
 
 # constraints.txt says which versions we test with. On Linux the package index's torch is its CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -55,6 +55,9 @@ evidence-solo: $(STAMP)
 evidence-spikes: $(STAMP)
 	$(BIN)/python examples/spike_detection.py
 	$(BIN)/python examples/spike_drill.py
+
+evidence-dsq: minilm
+	$(BIN)/python examples/evidence_dsq.py
 
 evidence-four-bit: $(STAMP)
 	$(BIN)/python examples/evidence_four_bit.py

@@ -16,6 +16,7 @@ import sysconfig
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ VARIANTS = {
 }
 
 
+@cache
 def corpus(folder: str, pattern: str) -> Tensor:
     """Return the bytes of all files below a folder, in the order of their names."""
     files = sorted(Path(folder).rglob(pattern))

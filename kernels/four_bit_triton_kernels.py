@@ -2,7 +2,7 @@
 # Triton's compiler knows neither starred tuples nor conditional expressions of tensors.
 """Quantizing, packing and unpacking a matrix on CUDA: what four_bit.py's references mean, bit for bit.
 
-One program holds a tile of whole groups, in eight lanes as :mod:`.triton_packing` has them; everything but the
+One program holds a tile of whole groups, in eight lanes as :mod:`.solo_triton_arithmetic` has them; everything but the
 reductions over a group happens inside a thread. Arithmetic is as in :mod:`.solo_triton_kernels`: IEEE operations in the
 reference's order, no contraction, no cast to bf16.
 """
@@ -10,8 +10,8 @@ reference's order, no contraction, no cast to bf16.
 import triton
 import triton.language as tl
 
+from .solo_triton_arithmetic import code_of, draw_of, load_words, store_words
 from .triton_arithmetic import philox, round_to_bf16
-from .triton_packing import lane_code, lane_draw, load_words, store_words
 
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _NAN_BITS = tl.constexpr(0x7FC00000)
@@ -224,7 +224,7 @@ def quantize(
         value = tl.where(finite, values[lane], 0).to(tl.float32, bitcast=True)
         uniform = 0.0
         if NOISE:
-            uniform = (lane_draw(words, lane).to(tl.float32) + 0.5) * 0.0000152587890625
+            uniform = (draw_of(words, lane).to(tl.float32) + 0.5) * 0.0000152587890625
         code = _encode(value * inverse, uniform, zero, LARGEST, FORM, NOISE)
         lanes = lanes + (tl.where(insides[lane], code, 0),)
 
@@ -264,7 +264,7 @@ def dequantize(
     words = load_words(codes, byte, calls, i, exists & (i < calls), BITS, 1)
     for lane in tl.static_range(8):
         position = lane * calls + i
-        result = _decode(lane_code(words, lane, BITS), scale, zero, FORM)
+        result = _decode(code_of(words, lane, BITS), scale, zero, FORM)
         for k in tl.static_range(OUTLIERS):
             slot = number * OUTLIERS + k
             place = tl.load(outlier_indices + slot, mask=exists, other=0).to(tl.int32)

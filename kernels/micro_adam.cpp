@@ -30,7 +30,7 @@ struct Tensor {
     uint16_t *indices, *values;  // (window, entries)
     int32_t *row_counts, *count;  // none where density is fixed
     int64_t numel, param_type, grad_type;
-    int64_t length, full, last, k, last_k, smallest_k;  // as Blocks in micro_adam.py
+    int64_t length, full, last, k, last_k, smallest_k;  // as Blocks in micro_adam_tensor.py
     int64_t error_stream, weight_stream, first_element;  // the place of a shard in the whole
     int64_t hyper;  // row of the table of hyperparameters
 };

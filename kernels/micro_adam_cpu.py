@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,16 +13,14 @@ from torch import Tensor
 from .compiled import TYPES, build, constants_header, load
 from .elementary import LARGEST_SQUARABLE
 from .error_codes import LEVELS
+from .micro_adam_tensor import MicroAdamHyperparameters, MicroAdamTensor
 from .philox import NOISE_BLOCK
-
-if TYPE_CHECKING:
-    from .micro_adam import MicroAdamHyperparameters, MicroAdamTensor
 
 # Elements of the largest unit of whole blocks of both kinds; a thread keeps 29 bytes for each.
 _LARGEST_UNIT = 1 << 18
 
 
-def takes(tensor: "MicroAdamTensor") -> bool:
+def takes(tensor: MicroAdamTensor) -> bool:
     """Return whether the library can step this tensor: on the CPU, fp32 or bf16, with blocks that nest."""
     param, grad, hyper = tensor.param, tensor.grad, tensor.hyper
     if not (param.is_cpu and grad.is_cpu and param.dtype in TYPES and grad.dtype in TYPES):
@@ -34,7 +31,7 @@ def takes(tensor: "MicroAdamTensor") -> bool:
     return 0 < param.numel() == grad.numel() and min(unit, param.numel()) <= _LARGEST_UNIT
 
 
-def step_compiled(library: ctypes.CDLL, tensors: Sequence["MicroAdamTensor"]) -> list[bool]:
+def step_compiled(library: ctypes.CDLL, tensors: Sequence[MicroAdamTensor]) -> list[bool]:
     """Make one step of all tensors in place, bit for bit what :func:`.micro_adam.micro_adam_step_reference` does.
 
     Args:
@@ -75,7 +72,7 @@ def step_compiled(library: ctypes.CDLL, tensors: Sequence["MicroAdamTensor"]) ->
     return [flag != 0 for flag in skipped.raw]
 
 
-def _hyper_row(hyper: "MicroAdamHyperparameters") -> tuple[float, ...]:
+def _hyper_row(hyper: MicroAdamHyperparameters) -> tuple[float, ...]:
     return (
         hyper.lr,
         hyper.beta1,

@@ -17,16 +17,14 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .micro_adam_tensor import MicroAdamHyperparameters, MicroAdamTensor
 from .philox import NOISE_BLOCK
 from .solo_triton import is_available
-
-if TYPE_CHECKING:
-    from .micro_adam import MicroAdamHyperparameters, MicroAdamTensor
 
 # A block is held in the registers of one program.
 _LARGEST_BLOCK = 8192
@@ -35,7 +33,7 @@ _PROGRAMS_PER_PROCESSOR = 4
 _CACHED_PLANS = 4
 
 
-def takes(tensor: "MicroAdamTensor") -> bool:
+def takes(tensor: MicroAdamTensor) -> bool:
     """Return whether the kernels can step this tensor: fp32 or bf16, blocks powers of two that nest, on one device."""
     param, grad, hyper = tensor.param, tensor.grad, tensor.hyper
     dtypes = (torch.float32, torch.bfloat16)
@@ -49,7 +47,7 @@ def takes(tensor: "MicroAdamTensor") -> bool:
     return all(value.device == param.device == grad.device and value.is_contiguous() for value in tensor.state.values())
 
 
-def step_triton(tensors: Sequence["MicroAdamTensor"]) -> list[bool]:
+def step_triton(tensors: Sequence[MicroAdamTensor]) -> list[bool]:
     """Make one step of all tensors in place and wait for it.
 
     Args:
@@ -65,7 +63,7 @@ def step_triton(tensors: Sequence["MicroAdamTensor"]) -> list[bool]:
     return skipped
 
 
-def launch(tensors: Sequence["MicroAdamTensor"]) -> list[tuple[list[int], Tensor]]:
+def launch(tensors: Sequence[MicroAdamTensor]) -> list[tuple[list[int], Tensor]]:
     """Start one step of all tensors in place, bit for bit what :func:`.micro_adam.micro_adam_step_reference` does.
 
     A skipped tensor adds one to its ``skips``, if it has such a counter.
@@ -122,7 +120,7 @@ class _Plan:
     weights: dict[int, Tensor] = field(default_factory=dict)  # by window, (hyperparameters, 2, window) fp32
 
 
-def _launch(tensors: list["MicroAdamTensor"], device: torch.device) -> Tensor:
+def _launch(tensors: list[MicroAdamTensor], device: torch.device) -> Tensor:
     from . import micro_adam_triton_kernels as kernels
 
     written_back: list[tuple[Tensor, Tensor]] = []
@@ -162,7 +160,7 @@ def _launch(tensors: list["MicroAdamTensor"], device: torch.device) -> Tensor:
     return plan.scalars[:, 0]
 
 
-def _row(tensor: "MicroAdamTensor", param: Tensor, grad: Tensor, hyper: int) -> tuple[int, ...]:
+def _row(tensor: MicroAdamTensor, param: Tensor, grad: Tensor, hyper: int) -> tuple[int, ...]:
     """Return a row of the table, as FIELDS in micro_adam_triton_kernels.py; places in launches are filled in later."""
     state, blocks = tensor.state, tensor.blocks
     keys = ("error_codes", "error_min", "error_max", "indices", "values", "row_counts", "count")
@@ -176,7 +174,7 @@ def _row(tensor: "MicroAdamTensor", param: Tensor, grad: Tensor, hyper: int) -> 
     )  # fmt: skip
 
 
-def _variant(tensor: "MicroAdamTensor") -> _Variant:
+def _variant(tensor: MicroAdamTensor) -> _Variant:
     hyper, blocks = tensor.hyper, tensor.blocks
     param_bf16 = tensor.param.dtype == torch.bfloat16
     return _Variant(
@@ -186,7 +184,7 @@ def _variant(tensor: "MicroAdamTensor") -> _Variant:
     )  # fmt: skip
 
 
-def _set_hypers(plan: _Plan, hypers: list["MicroAdamHyperparameters"], device: torch.device) -> None:
+def _set_hypers(plan: _Plan, hypers: list[MicroAdamHyperparameters], device: torch.device) -> None:
     from .micro_adam_triton_kernels import HYPER_FIELDS
 
     values = [tuple(float(getattr(hyper, key)) for key in HYPER_FIELDS) for hyper in hypers]

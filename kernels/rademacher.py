@@ -46,6 +46,17 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """``out ← param + eps · uᵢ`` of perturbation ``index``; out has the parameter's shape, dtype and strides."""
+
+    param: Tensor
+    eps: float
+    noise: Noise
+    index: int
+    out: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """``param ← decay · param - Σᵢ step_sizes[i] · uᵢ``, in place."""
 
@@ -203,15 +214,23 @@ def _rounded(values: Tensor, dtype: torch.dtype, starts: Tensor, noise: Noise, s
 
 def perturbed_copy(param: Tensor, eps: float, noise: Noise, index: int, out: Tensor) -> Tensor:
     """Write ``param + eps · uᵢ`` to ``out``; see :func:`perturbed_copy_reference`."""
-    one = Pass(param, out, (1.0, -eps), noise, 1 + index, index, *matrix_shape(param))
-    if rademacher_triton.takes(param, out):
-        rademacher_triton.launch(one)
-        return out
-    library = load_library() if takes(param, out) else None
-    if library is None:
-        return perturbed_copy_reference(param, eps, noise, index, out)
-    run_compiled(library, [one])
+    perturbed_copies([Copy(param, eps, noise, index, out)])
     return out
+
+
+def perturbed_copies(copies: Sequence[Copy]) -> None:
+    """Make many copies, of any devices, at once: small ones take longer to ask for than to make."""
+    compiled = [copy for copy in copies if takes(copy.param, copy.out)]
+    library = load_library() if compiled else None
+    if library is not None:
+        run_compiled(library, [_copy_pass(copy) for copy in compiled])
+        if len(compiled) == len(copies):
+            return
+    for copy in copies:
+        if rademacher_triton.takes(copy.param, copy.out):
+            rademacher_triton.launch(_copy_pass(copy))
+        elif library is None or not takes(copy.param, copy.out):
+            perturbed_copy_reference(copy.param, copy.eps, copy.noise, copy.index, copy.out)
 
 
 def perturbed_rows(weight: Tensor, rows: Tensor, eps: float, noise: Noise, index: int) -> Tensor:
@@ -238,6 +257,11 @@ def apply_updates(updates: Sequence[Update]) -> None:
             rademacher_triton.launch(_pass(update))
         elif library is None or not takes(update.param):
             apply_update_reference(update)
+
+
+def _copy_pass(copy: Copy) -> Pass:
+    param, index = copy.param, copy.index
+    return Pass(param, copy.out, (1.0, -copy.eps), copy.noise, 1 + index, index, *matrix_shape(param))
 
 
 def _pass(update: Update) -> Pass:

@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from torch import Tensor
 from . import elementary, logarithmic
 from .compiled import TYPES, build, constants_header, load
 from .dynamic import dynamic_map, dynamic_midpoints
-
-if TYPE_CHECKING:
-    from .solo import SoloHyperparameters, SoloTensor
+from .solo_tensor import SoloHyperparameters, SoloTensor
 
 
-def takes(tensor: "SoloTensor") -> bool:
+def takes(tensor: SoloTensor) -> bool:
     """Return whether the library can step this tensor: on the CPU, fp32 or bf16, state as the optimizer makes it."""
     param, grad = tensor.param, tensor.grad
     if not (param.is_cpu and grad.is_cpu and param.dtype in TYPES and grad.dtype in TYPES):
@@ -29,7 +26,7 @@ def takes(tensor: "SoloTensor") -> bool:
     return 0 < param.numel() == grad.numel() == tensor.rows * tensor.columns
 
 
-def step_compiled(library: ctypes.CDLL, tensors: Sequence["SoloTensor"]) -> list[bool]:
+def step_compiled(library: ctypes.CDLL, tensors: Sequence[SoloTensor]) -> list[bool]:
     """Make one step of all tensors in place, bit for bit what :func:`.solo.solo_step_reference` does.
 
     Args:
@@ -67,7 +64,7 @@ def step_compiled(library: ctypes.CDLL, tensors: Sequence["SoloTensor"]) -> list
     return [flag != 0 for flag in skipped.raw]
 
 
-def _state_pointers(tensor: "SoloTensor") -> tuple[int, ...]:
+def _state_pointers(tensor: SoloTensor) -> tuple[int, ...]:
     state, (first_bits, second_bits) = tensor.state, tensor.hyper.bits
     step = state["step"].data_ptr()
     if first_bits == second_bits == 32:
@@ -78,7 +75,7 @@ def _state_pointers(tensor: "SoloTensor") -> tuple[int, ...]:
     return step, *pointers[0], *(0,) * (2 - len(first)), *pointers[1], *(0,) * (3 - len(second))
 
 
-def _hyper_row(hyper: "SoloHyperparameters") -> tuple[float, ...]:
+def _hyper_row(hyper: SoloHyperparameters) -> tuple[float, ...]:
     return (
         hyper.lr,
         hyper.beta1,

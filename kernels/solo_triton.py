@@ -23,15 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dynamic import dynamic_map, dynamic_midpoints
-
-if TYPE_CHECKING:
-    from .solo import SoloHyperparameters, SoloTensor
+from .solo_tensor import SoloHyperparameters, SoloTensor, row_bytes
 
 # Calls of Philox, eight elements each, in one warp's tile: four to a thread.
 _WARP_CALLS = 128
@@ -48,7 +46,7 @@ def is_available() -> bool:
     return find_spec("triton") is not None
 
 
-def takes(tensor: "SoloTensor") -> bool:
+def takes(tensor: SoloTensor) -> bool:
     """Return whether the kernels can step this tensor: fp32 or bf16, and its whole state contiguous beside it."""
     param, grad = tensor.param, tensor.grad
     dtypes = (torch.float32, torch.bfloat16)
@@ -59,7 +57,7 @@ def takes(tensor: "SoloTensor") -> bool:
     return all(value.device == param.device == grad.device and value.is_contiguous() for value in tensor.state.values())
 
 
-def step_triton(tensors: Sequence["SoloTensor"]) -> list[bool]:
+def step_triton(tensors: Sequence[SoloTensor]) -> list[bool]:
     """Make one step of all tensors in place and wait for it.
 
     Args:
@@ -75,7 +73,7 @@ def step_triton(tensors: Sequence["SoloTensor"]) -> list[bool]:
     return skipped
 
 
-def launch(tensors: Sequence["SoloTensor"]) -> list[tuple[list[int], Tensor]]:
+def launch(tensors: Sequence[SoloTensor]) -> list[tuple[list[int], Tensor]]:
     """Start one step of all tensors in place, bit for bit what :func:`.solo.solo_step_reference` does.
 
     A skipped tensor adds one to its ``skips``, if it has such a counter.
@@ -128,15 +126,14 @@ class _Plan:
     hypers: Tensor | None = None
 
 
-def _launch(tensors: list["SoloTensor"], device: torch.device) -> Tensor:
+def _launch(tensors: list[SoloTensor], device: torch.device) -> Tensor:
     from . import solo_triton_kernels as kernels
 
     written_back: list[tuple[Tensor, Tensor]] = []
     hypers: dict[int, tuple[int, SoloHyperparameters]] = {}
     rows, variants = array("q"), []
-    copies: list[
-        Tensor
-    ] = []  # lives until all that read it is enqueued, after which its memory is only reused in order
+    # Live until all that read them is enqueued, after which their memory is only reused in order.
+    copies: list[Tensor] = []
     for tensor in tensors:
         param, grad = tensor.param, tensor.grad
         if not grad.is_contiguous():
@@ -170,10 +167,8 @@ def _launch(tensors: list["SoloTensor"], device: torch.device) -> Tensor:
     return plan.scalars[:, 0]
 
 
-def _row(tensor: "SoloTensor", param: Tensor, grad: Tensor, hyper: int) -> tuple[int, ...]:
+def _row(tensor: SoloTensor, param: Tensor, grad: Tensor, hyper: int) -> tuple[int, ...]:
     """Return a row of the table, as FIELDS in solo_triton_kernels.py; the places in launches are filled in later."""
-    from .solo import row_bytes
-
     state, (first_bits, second_bits), block_size = tensor.state, tensor.hyper.bits, tensor.hyper.block_size
     columns = tensor.columns
     first = ("exp_avg",) if first_bits == 32 else ("exp_avg_codes", "exp_avg_scale")
@@ -199,7 +194,7 @@ def _quantile_place(quantile: float, length: int) -> tuple[int, int]:
     return rank, struct.unpack("<i", struct.pack("<f", position - rank))[0]
 
 
-def _variant(tensor: "SoloTensor", param: Tensor, grad: Tensor) -> _Variant:
+def _variant(tensor: SoloTensor, param: Tensor, grad: Tensor) -> _Variant:
     hyper = tensor.hyper
     even = tensor.columns % hyper.block_size == 0
     # Every lane of every block starts at a multiple of four elements, in the weights as in the packed codes.
@@ -213,7 +208,7 @@ def _variant(tensor: "SoloTensor", param: Tensor, grad: Tensor) -> _Variant:
     )  # fmt: skip
 
 
-def _matrices(tensor: "SoloTensor") -> list[Tensor]:
+def _matrices(tensor: SoloTensor) -> list[Tensor]:
     return [value for key, value in tensor.state.items() if key.endswith(("exp_avg", "exp_avg_sq", "codes"))]
 
 
@@ -276,7 +271,7 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
 @cache
 def _tables_of_8_bits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the map, its midpoints, and the code of the lowest value of each cell (leading bits of a value)."""
-    from .solo_triton_kernels import CELL_SHIFT
+    from .solo_triton_arithmetic import CELL_SHIFT
 
     midpoints = torch.tensor((*dynamic_midpoints(8), 2.0), dtype=torch.float32)  # normalized values stay below 2
     bits = torch.arange(1 << (32 - CELL_SHIFT)) << CELL_SHIFT

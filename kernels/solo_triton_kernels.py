@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005
-# Triton's compiler knows no starred tuples.
+# Triton's compiler knows neither starred tuples nor conditional expressions of tensors.
 """The SOLO step on CUDA: what solo_step_reference in solo.py means, bit for bit, as three Triton kernels.
 
 ``check_gradients`` flags tensors with a gradient that is not finite, ``advance_steps`` counts the step and derives its
@@ -21,19 +21,27 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dynamic, elementary, logarithmic
+from . import elementary, logarithmic
+from .solo_triton_arithmetic import (
+    NO_VALUE,
+    SMALLEST_NORMAL_BITS,
+    adamw_update,
+    block_quantile,
+    code_of,
+    draw_of,
+    encode_dynamic,
+    exp2,
+    fp32,
+    fp32_bits,
+    load_bits,
+    load_words,
+    log2,
+    map_entry,
+    pointers_to,
+    scale_draws,
+    store_words,
+)
 from .triton_arithmetic import integer_power, philox, round_to_bf16
-from .triton_packing import lane_code, lane_draw, load_words, store_words, typed_pointers
-
-
-def _fp32(values: object) -> tl.constexpr:
-    """Return numbers rounded as the reference's tensors are."""
-    return tl.constexpr(torch.tensor(values, dtype=torch.float32).tolist())
-
-
-def _fp32_bits(value: float) -> tl.constexpr:
-    return tl.constexpr(int(torch.tensor(value, dtype=torch.float32).view(torch.int32)))
-
 
 # Columns of the int64 table, a row for each tensor. ``rank`` and ``weight`` place the quantile in a full block and in a
 # row's last one; weights are the bits of fp32.
@@ -61,28 +69,11 @@ _SCALARS = tl.constexpr(SCALARS)
 _TAKE, _STEP_BITS, _ONE_MINUS_BETA1, _ONE_MINUS_BETA2 = (tl.constexpr(i) for i in range(4))
 _DENOMINATOR_FACTOR, _EPS_FP32, _DECAY, _STEP_SIZE = (tl.constexpr(i) for i in range(4, 8))
 
-_LARGEST_SQUARABLE = _fp32_bits(elementary.LARGEST_SQUARABLE)
-_SMALLEST_NORMAL = _fp32(elementary.SMALLEST_NORMAL)
-_SMALLEST_NORMAL_BITS = _fp32_bits(elementary.SMALLEST_NORMAL)
-_SQRT_HALF_BITS = tl.constexpr(elementary.SQRT_HALF_BITS)
-_LOG2_COEFFICIENTS = tl.constexpr(tuple(_fp32(c).value for c in reversed(elementary.LOG2_COEFFICIENTS)))
-_LOG2_TERMS = tl.constexpr(len(elementary.LOG2_COEFFICIENTS))
-_EXP2_COEFFICIENTS = tl.constexpr(tuple(_fp32(c).value for c in reversed(elementary.EXP2_COEFFICIENTS)))
-_EXP2_TERMS = tl.constexpr(len(elementary.EXP2_COEFFICIENTS))
-_LARGEST_SPAN = _fp32(-logarithmic.LOG2_FLOOR)
-_LARGEST_ZERO = _fp32(logarithmic.LARGEST_ZERO)
-_SMALLEST_SPAN = _fp32(logarithmic.SMALLEST_SPAN)
-_MAP_2 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_map(2)))
-_MAP_3 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_map(3)))
-_MAP_4 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_map(4)))
-_MIDPOINTS_2 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoints(2)))
-_MIDPOINTS_3 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoints(3)))
-_MIDPOINTS_4 = tl.constexpr(tuple(_fp32(m).value for m in dynamic.dynamic_midpoints(4)))
-# An 8-bit code is looked up by sign, exponent and six bits of mantissa; no two midpoints share such a cell.
-CELL_SHIFT = 17
-_CELL_SHIFT = tl.constexpr(CELL_SHIFT)
-_LARGEST_BF16_BITS = _fp32_bits(torch.finfo(torch.bfloat16).max)
-_NO_VALUE = tl.constexpr(0x7FFFFFFF)
+_LARGEST_SQUARABLE = fp32_bits(elementary.LARGEST_SQUARABLE)
+_SMALLEST_NORMAL = fp32(elementary.SMALLEST_NORMAL)
+_LARGEST_SPAN = fp32(-logarithmic.LOG2_FLOOR)
+_SMALLEST_SPAN = fp32(logarithmic.SMALLEST_SPAN)
+_LARGEST_BF16_BITS = fp32_bits(torch.finfo(torch.bfloat16).max)
 CHECK_ELEMENTS = 16384  # of a gradient, by one program
 _CHECK_ELEMENTS = tl.constexpr(CHECK_ELEMENTS)
 _CHECK_TILE = tl.constexpr(2048)
@@ -94,16 +85,6 @@ _CHECK_TILE = tl.constexpr(2048)
 @triton.jit
 def _field(table, entry, COLUMN: tl.constexpr):
     return tl.load(table + entry.to(tl.int64) * _WIDTH + COLUMN)
-
-
-@triton.jit
-def _load_bits(address, offsets, inside, IS_BF16: tl.constexpr, ALIGN: tl.constexpr):
-    """Return the bits of fp32 or bf16 elements as those of fp32."""
-    if IS_BF16:
-        bits = tl.load(typed_pointers(address, offsets, tl.int16, ALIGN), mask=inside, other=0).to(tl.int32) << 16
-    else:
-        bits = tl.load(typed_pointers(address, offsets, tl.int32, ALIGN), mask=inside, other=0)
-    return bits
 
 
 # ---- once for each tensor -------------------------------------------------------------------------------------------
@@ -120,7 +101,7 @@ def check_gradients(table, entry_of_program, flags, GRAD_BF16: tl.constexpr):
     offsets = tl.arange(0, _CHECK_TILE)
     most = tl.zeros([_CHECK_TILE], tl.int32)
     for start in range(0, stop, _CHECK_TILE):
-        bits = _load_bits(address, first + start + offsets, start + offsets < stop, GRAD_BF16, 1)
+        bits = load_bits(address, first + start + offsets, start + offsets < stop, GRAD_BF16, 1)
         most = tl.maximum(most, bits & 0x7FFFFFFF)  # the bits of infinities and NaN are larger than any number's
     if tl.max(most, axis=0) > _LARGEST_SQUARABLE:
         tl.store(flags + entry, 1)
@@ -153,167 +134,6 @@ def advance_steps(table, hypers, flags, scalars):
         skips = _field(table, entry, _SKIPS)
         if skips != 0:
             tl.atomic_add(skips.to(tl.pointer_type(tl.int64)), 1)
-
-
-# ---- elementary.py --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _log2(x):
-    bits = tl.maximum(x.to(tl.int32, bitcast=True), _SMALLEST_NORMAL_BITS)  # x is not negative
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
-    t = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    polynomial = t * _LOG2_COEFFICIENTS[0] + _LOG2_COEFFICIENTS[1]
-    for k in tl.static_range(2, _LOG2_TERMS):
-        polynomial = polynomial * t + _LOG2_COEFFICIENTS[k]
-    return polynomial * t + exponent.to(tl.float32)
-
-
-@triton.jit
-def _exp2(y):
-    whole = tl.floor(y)
-    t = y - whole
-    polynomial = t * _EXP2_COEFFICIENTS[0] + _EXP2_COEFFICIENTS[1]
-    for k in tl.static_range(2, _EXP2_TERMS):
-        polynomial = polynomial * t + _EXP2_COEFFICIENTS[k]
-    return (polynomial * t + 1.0) * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-# ---- dynamic.py -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _entry(code, map_8, BITS: tl.constexpr):
-    """Return the map's entry of a code. Few bits choose by selections: a gather's layout would be another one."""
-    if BITS == 8:
-        entry = tl.load(map_8 + code)
-    else:
-        entries: tl.constexpr = _MAP_2 if BITS == 2 else _MAP_3 if BITS == 3 else _MAP_4
-        candidates = ()
-        for k in tl.static_range(1 << (BITS - 1)):
-            candidates = candidates + (tl.where((code & 1) == 1, entries[2 * k + 1], entries[2 * k]),)
-        for bit in tl.static_range(1, BITS):
-            halved = ()
-            for k in tl.static_range(1 << (BITS - 1 - bit)):
-                halved = halved + (tl.where(((code >> bit) & 1) == 1, candidates[2 * k + 1], candidates[2 * k]),)
-            candidates = halved
-        entry = candidates[0]
-    return entry
-
-
-@triton.jit
-def _midpoint(midpoints: tl.constexpr, above, BITS: tl.constexpr, LEVEL: tl.constexpr):
-    """Return the midpoint to compare with after LEVEL comparisons of a binary search, chosen by selections."""
-    STEP: tl.constexpr = 1 << (BITS - LEVEL)
-    candidates = ()
-    for k in tl.static_range(1 << LEVEL):
-        candidates = candidates + (midpoints[STEP // 2 - 1 + k * STEP],)
-    for level in tl.static_range(LEVEL):
-        halved = ()
-        for k in tl.static_range(1 << (LEVEL - level - 1)):
-            halved = halved + (tl.where(above[level], candidates[(1 << (LEVEL - level - 1)) + k], candidates[k]),)
-        candidates = halved
-    return candidates[0]
-
-
-@triton.jit
-def _encode_dynamic(x, cells, midpoints_8, BITS: tl.constexpr):
-    """Return the number of midpoints not above x."""
-    if BITS == 8:
-        cell = x.to(tl.uint32, bitcast=True) >> _CELL_SHIFT
-        code = tl.load(cells + cell.to(tl.int32)).to(tl.int32)
-        code += (x >= tl.load(midpoints_8 + code)).to(tl.int32)
-    else:
-        midpoints: tl.constexpr = _MIDPOINTS_2 if BITS == 2 else _MIDPOINTS_3 if BITS == 3 else _MIDPOINTS_4
-        above = (x >= midpoints[(1 << BITS) // 2 - 1],)
-        code = tl.where(above[0], 1 << (BITS - 1), 0)
-        for level in tl.static_range(1, BITS):
-            above = above + (x >= _midpoint(midpoints, above, BITS, level),)
-            code += tl.where(above[level], 1 << (BITS - 1 - level), 0)
-    return code
-
-
-# ---- logarithmic.py -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _count_not_above(keys, pivot):
-    """Return (blocks,) how many keys are at most (blocks,) pivot."""
-    # Sign bits of differences, none of which overflows: two instructions an element, where comparisons become three.
-    above = (pivot + 1)[:, None]
-    count = (keys[0] - above).to(tl.uint32) >> 31
-    for lane in tl.static_range(1, 8):
-        count += (keys[lane] - above).to(tl.uint32) >> 31
-    return tl.sum(count.to(tl.int32), axis=1)
-
-
-@triton.jit
-def _neighbours_of_rank(keys, length, rank, low, high):
-    """Return the (blocks,) keys of 0-based ranks ``rank`` and ``rank + 1`` (the last twice), bits of fp32.
-
-    Non-negative floats are ordered as their bits. A bisection between the bounds ``low`` and ``high`` of the sought key
-    ends as soon as a pivot parts the two in every block of the warp. Most elements that the last step left at the last
-    level have moved from there by far less than they lie apart from others, so what is halved is the logarithm of the
-    distance to ``low``: 9 passes instead of 17.
-    """
-    origin = low
-    while tl.max(high - low, axis=0) > 0:
-        near = tl.maximum(low - origin, 1).to(tl.float32).to(tl.int32, bitcast=True)
-        far = (high - origin).to(tl.float32).to(tl.int32, bitcast=True)
-        pivot = origin + (near + ((far - near) >> 1)).to(tl.float32, bitcast=True).to(tl.int32)
-        pivot = tl.where(high - low > 256, pivot, low + ((high - low) >> 1))  # rounding would stall the other
-        pivot = tl.maximum(tl.minimum(pivot, high - 1), low)
-        count = _count_not_above(keys, pivot)
-        high = tl.where(count > rank, pivot, high)
-        low = tl.where(count > rank, low, pivot + 1)
-        low = tl.where(count == rank + 1, high, low)
-    lower, upper = (
-        tl.where(keys[0] <= high[:, None], keys[0], 0),
-        tl.where(keys[0] <= high[:, None], _NO_VALUE, keys[0]),
-    )
-    for lane in tl.static_range(1, 8):
-        below = keys[lane] <= high[:, None]
-        lower = tl.maximum(lower, tl.where(below, keys[lane], 0))
-        upper = tl.minimum(upper, tl.where(below, _NO_VALUE, keys[lane]))
-    lower, upper = tl.max(lower, axis=1), tl.min(upper, axis=1)
-    return lower, tl.where(_count_not_above(keys, high) >= tl.minimum(rank + 2, length), lower, upper)
-
-
-@triton.jit
-def _block_quantile(keys, length, rank, weight, quantile, least, most):
-    lower, upper = _neighbours_of_rank(keys, length, rank, least, most)
-    low, high = lower.to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True)
-    result = low + (high - low) * weight
-    # Blocks whose quantile is zero although something in them is not are rare, and a warp of others skips this.
-    if tl.max(((result <= 0) & (most > 0)).to(tl.int32), axis=0) > 0:
-        zeros = _count_not_above(keys, most * 0)
-        positive = tl.maximum(length - zeros - 1, 0).to(tl.float64)
-        positive_rank = tl.minimum(zeros + tl.floor(quantile * positive).to(tl.int32), length - 1)
-        lower, upper = _neighbours_of_rank(keys, length, positive_rank, tl.minimum(most, 1), most)
-        limit = most.to(tl.float32, bitcast=True) * _LARGEST_ZERO
-        result = tl.where(result > 0, result, tl.minimum(lower.to(tl.float32, bitcast=True), limit))
-    return result
-
-
-# ---- stochastic_rounding.py -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _scale_draws(words, i):
-    """Return (blocks,) uint32 draws for the two scales of each block, from its first call's words in (blocks, c)."""
-    first, second = words[0] ^ (words[0] >> 16), words[1] ^ (words[1] >> 16)
-    both = ((first & 0xFFFF) | (second << 16)).to(tl.int32, bitcast=True)
-    both = tl.sum(tl.where(i == 0, both, 0), axis=1).to(tl.uint32, bitcast=True)  # one reduction for both
-    return both & 0xFFFF, both >> 16
-
-
-@triton.jit
-def _adamw_update(param, grad, exp_avg, exp_avg_sq, factor1, factor2, denominator_factor, eps, decay, step_size):
-    exp_avg = exp_avg + factor1 * (grad - exp_avg)
-    exp_avg_sq = exp_avg_sq + factor2 * (grad * grad - exp_avg_sq)
-    denominator = tl.sqrt_rn(exp_avg_sq) * denominator_factor + eps
-    param = param * decay - step_size * tl.div_rn(exp_avg, denominator)
-    return param, exp_avg, exp_avg_sq
 
 
 # ---- solo.py --------------------------------------------------------------------------------------------------------
@@ -400,20 +220,20 @@ def solo_step(
         param_bits, grad_bits, exp_avgs, exp_avg_sqs = (), (), (), ()
         for lane in tl.static_range(8):
             offsets = elements + (lane * calls + i)
-            param_bits = param_bits + (_load_bits(param, offsets, insides[lane], PARAM_BF16, ALIGN),)
-            grad_bits = grad_bits + (_load_bits(grad, offsets, insides[lane], GRAD_BF16, ALIGN),)
+            param_bits = param_bits + (load_bits(param, offsets, insides[lane], PARAM_BF16, ALIGN),)
+            grad_bits = grad_bits + (load_bits(grad, offsets, insides[lane], GRAD_BF16, ALIGN),)
             if FIRST_BITS == 32:
-                exp_avgs = exp_avgs + (_load_bits(first_codes, offsets, insides[lane], False, ALIGN),)
+                exp_avgs = exp_avgs + (load_bits(first_codes, offsets, insides[lane], False, ALIGN),)
             if SECOND_BITS == 32:
-                exp_avg_sqs = exp_avg_sqs + (_load_bits(second_codes, offsets, insides[lane], False, ALIGN),)
+                exp_avg_sqs = exp_avg_sqs + (load_bits(second_codes, offsets, insides[lane], False, ALIGN),)
         if FIRST_BITS != 32:
             first_words = load_words(first_codes, first_bytes, calls, i, holds, FIRST_BITS, ALIGN)
-            scale1 = _load_bits(first_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
+            scale1 = load_bits(first_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
         if SECOND_BITS != 32:
             second_words = load_words(second_codes, second_bytes, calls, i, holds, SECOND_BITS, ALIGN)
-            scale2 = _load_bits(second_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
-            log2_base = _load_bits(second_log2_base, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)
-            factors = (_exp2(log2_base)[:, None],)
+            scale2 = load_bits(second_scale, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)[:, None]
+            log2_base = load_bits(second_log2_base, block, exists, SCALE_BF16, 1).to(tl.float32, bitcast=True)
+            factors = (exp2(log2_base)[:, None],)
             for bit in tl.static_range(1, SECOND_BITS):
                 factors = factors + (factors[bit - 1] * factors[bit - 1],)
         # Philox counts in the layout of what was loaded, to which a zero ties it: a bf16's low bits, or those above a
@@ -427,12 +247,12 @@ def solo_step(
             if FIRST_BITS == 32:
                 exp_avg = exp_avgs[lane].to(tl.float32, bitcast=True)
             else:
-                exp_avg = _entry(lane_code(first_words, lane, FIRST_BITS), map_8, FIRST_BITS) * scale1
+                exp_avg = map_entry(code_of(first_words, lane, FIRST_BITS), map_8, FIRST_BITS) * scale1
             if SECOND_BITS == 32:
                 exp_avg_sq = exp_avg_sqs[lane].to(tl.float32, bitcast=True)
             else:
                 exp_avg_sq = scale2
-                code = lane_code(second_words, lane, SECOND_BITS)
+                code = code_of(second_words, lane, SECOND_BITS)
                 for bit in tl.static_range(SECOND_BITS):
                     exp_avg_sq = tl.where((code >> bit) & 1 == 1, exp_avg_sq * factors[bit], exp_avg_sq)
 
@@ -440,7 +260,7 @@ def solo_step(
             gradient = grad_bits[lane].to(tl.float32, bitcast=True)
             if MAXIMIZE:
                 gradient *= -1.0
-            updated, exp_avg, exp_avg_sq = _adamw_update(
+            updated, exp_avg, exp_avg_sq = adamw_update(
                 param_bits[lane].to(tl.float32, bitcast=True), gradient, exp_avg, exp_avg_sq,
                 factor1, factor2, denominator_factor, eps, decay, step_size,
             )  # fmt: skip
@@ -455,20 +275,18 @@ def solo_step(
             offsets = elements + (lane * calls + i)
             if PARAM_BF16:
                 if WEIGHT_NOISE:
-                    rounded = round_to_bf16(params[lane], lane_draw(weight_words, lane), True)
+                    rounded = round_to_bf16(params[lane], draw_of(weight_words, lane), True)
                 else:
                     rounded = round_to_bf16(params[lane], 0, False)
-                tl.store(typed_pointers(param, offsets, tl.int16, ALIGN), rounded, mask=insides[lane])
+                tl.store(pointers_to(param, offsets, tl.int16, ALIGN), rounded, mask=insides[lane])
             else:
-                tl.store(typed_pointers(param, offsets, tl.float32, ALIGN), params[lane], mask=insides[lane])
+                tl.store(pointers_to(param, offsets, tl.float32, ALIGN), params[lane], mask=insides[lane])
 
         # Phase 4: the first moment back to codes.
         if FIRST_BITS == 32:
             for lane in tl.static_range(8):
                 offsets = elements + (lane * calls + i)
-                tl.store(
-                    typed_pointers(first_codes, offsets, tl.float32, ALIGN), first_moments[lane], mask=insides[lane]
-                )
+                tl.store(pointers_to(first_codes, offsets, tl.float32, ALIGN), first_moments[lane], mask=insides[lane])
         else:
             most = first_moments[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
             for lane in tl.static_range(1, 8):
@@ -482,11 +300,11 @@ def solo_step(
             else:
                 tl.store(first_scale.to(tl.pointer_type(tl.int32)) + block, most, mask=exists)
             # A zero block multiplies by a finite number, so its elements stay 0 and take the code of the map's 0.
-            clamped = tl.maximum(most, _SMALLEST_NORMAL_BITS).to(tl.float32, bitcast=True)
+            clamped = tl.maximum(most, SMALLEST_NORMAL_BITS).to(tl.float32, bitcast=True)
             inverse = tl.div_rn(clamped * 0.0 + 1.0, clamped)[:, None]
             codes = ()
             for lane in tl.static_range(8):
-                code = _encode_dynamic(first_moments[lane] * inverse, cells, midpoints_8, FIRST_BITS)
+                code = encode_dynamic(first_moments[lane] * inverse, cells, midpoints_8, FIRST_BITS)
                 if PARTIAL:
                     code = tl.where(insides[lane], code, 0)
                 codes = codes + (code,)
@@ -496,7 +314,7 @@ def solo_step(
             for lane in tl.static_range(8):
                 offsets = elements + (lane * calls + i)
                 tl.store(
-                    typed_pointers(second_codes, offsets, tl.float32, ALIGN), second_moments[lane], mask=insides[lane]
+                    pointers_to(second_codes, offsets, tl.float32, ALIGN), second_moments[lane], mask=insides[lane]
                 )
         else:
             # Phase 5: the quantile of the second moment, which sets the last level.
@@ -504,7 +322,7 @@ def solo_step(
             for lane in tl.static_range(8):
                 key = second_moments[lane].to(tl.int32, bitcast=True)
                 if PARTIAL:
-                    key = tl.where(insides[lane], key, _NO_VALUE)
+                    key = tl.where(insides[lane], key, NO_VALUE)
                 keys = keys + (key,)
             least, most = keys[0], keys[0]
             for lane in tl.static_range(1, 8):
@@ -515,12 +333,12 @@ def solo_step(
                     most = tl.maximum(most, tl.where(insides[lane], keys[lane], 0))
             least, most = tl.min(least, axis=1), tl.max(most, axis=1)
             least = tl.minimum(least, most)  # a block that is none has no value at all
-            last_level = _block_quantile(keys, length, block_rank, block_weight, quantile, least, most)
+            last_level = block_quantile(keys, length, block_rank, block_weight, quantile, least, most)
 
             # Phase 6: the second moment back to codes.
             LAST: tl.constexpr = (1 << SECOND_BITS) - 1
-            log2_scale = _log2(most.to(tl.float32, bitcast=True))
-            span = tl.minimum(log2_scale - _log2(last_level), _LARGEST_SPAN)
+            log2_scale = log2(most.to(tl.float32, bitcast=True))
+            span = tl.minimum(log2_scale - log2(last_level), _LARGEST_SPAN)
             per_step = tl.div_rn(span, span * 0.0 + LAST)
             # Not a minus sign, which some versions of Triton subtract from zero: the span of a constant block is -0.
             new_log2_base = per_step * -1.0
@@ -534,7 +352,7 @@ def solo_step(
             if SCALE_BF16:
                 scale = tl.minimum(most, _LARGEST_BF16_BITS).to(tl.float32, bitcast=True)
                 if STATE_NOISE:
-                    scale_draw, base_draw = _scale_draws(state_words, i)
+                    scale_draw, base_draw = scale_draws(state_words, i)
                     scale_bits = round_to_bf16(scale, scale_draw, True)
                     base_bits = round_to_bf16(new_log2_base, base_draw, True)
                 else:
@@ -544,10 +362,10 @@ def solo_step(
                 tl.store(second_log2_base.to(tl.pointer_type(tl.int16)) + block, base_bits, mask=exists)
             codes = ()
             for lane in tl.static_range(8):
-                level = (log2_scale[:, None] - _log2(second_moments[lane])) * inverse
+                level = (log2_scale[:, None] - log2(second_moments[lane])) * inverse
                 if STATE_NOISE:
                     # 1 + draw 2^-16 by its bits, less 1 - 2^-17: (draw + ½) 2^-16 without an error.
-                    one_to_two = (lane_draw(state_words, lane) << 7) | 0x3F800000
+                    one_to_two = (draw_of(state_words, lane) << 7) | 0x3F800000
                     level += one_to_two.to(tl.float32, bitcast=True) - 0.99999237060546875
                 else:
                     level += 0.5

@@ -40,7 +40,7 @@ from lowbit_lightning.callbacks import MemoryLedger, QuantizeOptimizerStates
 from lowbit_lightning.config_errors import ConfigParser, ConfigProblem, explain
 from lowbit_lightning.config_sources import resolve_names
 from lowbit_lightning.errors import CheckpointError, InvalidArgumentError, LowBitError
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
 from lowbit_lightning.precision.four_bit import check_only_precision
 from lowbit_lightning.run_summary import summary
 from lowbit_lightning.spikes.trusted import find as find_trusted

@@ -56,8 +56,10 @@ def resolve_names(arguments: Sequence[str]) -> list[str]:
 
 def _resolve(value: str) -> str:
     # Anything but a plain word is a path, or a configuration written out on the command line: jsonargparse's business.
+    # A folder of that name, such as a logger makes, is no configuration.
     plain_word = re.fullmatch(r"[\w.+-]+", value) is not None
-    return str(configs.find(value)) if plain_word and not os.path.exists(value) else value
+    is_other = not os.path.exists(value) or os.path.isdir(value)
+    return str(configs.find(value)) if plain_word and is_other else value
 
 
 def entries(arguments: Sequence[str]) -> list[Entry]:

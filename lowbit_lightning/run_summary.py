@@ -40,6 +40,8 @@ def summary(trainer: Trainer, module: LightningModule, seconds: float) -> str:
         adamw = ADAMW_BYTES_PER_PARAMETER * owned
         times = f", {adamw / taken:.1f} times smaller" if 0 < taken < adamw else ""
         rows.append(("optimizer", f"{names}, states {_size(taken)} (fp32 AdamW: {_size(adamw)}{times})"))
+    for callback in getattr(trainer, "callbacks", ()):
+        rows += callback.describe_result() if hasattr(callback, "describe_result") else []
     for checkpoint in dict.fromkeys(
         path
         for callback in trainer.checkpoint_callbacks

@@ -416,6 +416,16 @@ def test_shipped_configuration_is_found_by_name(
     assert LowBitCLI(arguments, run=False).config["seed_everything"] == 7
 
 
+def test_a_folder_of_its_name_does_not_hide_a_configuration(
+    complete: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "shipped" / "recipes").mkdir(parents=True)
+    write(complete, "shipped/recipes/tiny.yaml")
+    monkeypatch.setattr(configs, "__file__", str(tmp_path / "shipped" / "__init__.py"))
+    Path("tiny").mkdir()  # as a logger makes that is called like the recipe
+    assert isinstance(LowBitCLI(["-c", "tiny"], run=False).model, BoringModel)
+
+
 def test_existing_file_wins_over_a_name(complete: dict[str, object]) -> None:
     write(complete, "quickstart")
     assert isinstance(LowBitCLI(["-c", "quickstart"], run=False).model, BoringModel)

@@ -3,11 +3,13 @@
 import json
 import math
 import runpy
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lowbit_lightning.cli import LowBitCLI
 
@@ -22,17 +24,20 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def made(method: str, seed: int, accuracy: float, loss: float = 1.0, lr: float = 1e-3) -> dict[str, Any]:
     curve = [[0, 0.0, 0.5, 1.5], [180, 10.0 + seed, accuracy, loss]]
-    return {"method": method, "start": "centroids", "lr": lr, "seed": seed, "curve": curve}
+    return {"method": method, "setting": "all", "lr": lr, "seed": seed, "trained": 1000, "curve": curve}
 
 
 RESULTS = [made("AdamW", 0, 0.7), made("AdamW", 1, 0.8), made("FZOO, rank-1 signs", 0, 0.4)]
 
 
 def test_every_method_gets_the_same_number_of_forward_passes(example: dict[str, Any]) -> None:
-    for method in example["METHODS"].values():
-        assert example["EVERY"] % method.forwards == 0
-        arguments = method.arguments("centroids", 1e-3, 1, 720)
-        assert f"--trainer.max_steps={720 // method.forwards}" in arguments
+    for setting in example["SETTINGS"].values():
+        validations = setting.forwards // example["VALIDATIONS"]
+        for name, method in example["METHODS"].items():
+            assert validations % method.forwards == 0
+            arguments = setting.arguments(method, setting.learning_rates[name][0], 1, setting.forwards)
+            assert f"--trainer.max_steps={setting.forwards // method.forwards}" in arguments
+            assert f"--trainer.val_check_interval={validations // method.forwards}" in arguments
 
 
 def test_forward_passes_of_a_step_are_what_the_optimizer_makes(example: dict[str, Any]) -> None:
@@ -48,9 +53,10 @@ def test_forward_passes_of_a_step_are_what_the_optimizer_makes(example: dict[str
 def test_the_command_lines_are_valid(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Their settings reach the configuration; nothing is built, since that would need the pretrained weights."""
     monkeypatch.setattr(LowBitCLI, "instantiate_classes", lambda self: None)
-    for name, method in example["METHODS"].items():
-        config = LowBitCLI(method.arguments("few", 2e-3, 7, 360), run=False).config
-        assert config.model.init_args.centroid_examples == 8
+    settings, trained = example["SETTINGS"], {"head": "trainable", "lora": "lora", "all": "head"}
+    for (setting, argument), (name, method) in product(trained.items(), example["METHODS"].items()):
+        config = LowBitCLI(settings[setting].arguments(method, 2e-3, 7, 360), run=False).config
+        assert config.model.init_args[argument]
         assert config.data.init_args.seed == config.seed_everything == 7
         assert config.optimizer.init_args.lr == 2e-3
         assert ("rank1" in str(config.optimizer)) == ("rank-1" in name)
@@ -78,14 +84,14 @@ def test_the_learning_rate_with_the_least_last_loss_is_chosen_and_nan_never(exam
 
 def test_the_table_shows_what_no_training_gives_and_the_gain_over_it(example: dict[str, Any]) -> None:
     rows = example["table"](RESULTS).splitlines()
-    assert rows[2].startswith("| class centroids | none | – | 0 | 0.500 | 1.500 |")
+    assert rows[2].startswith("| all weights, from class centroids (1,000) | none | – | 0 | 0.500 | 1.500 |")
     assert "| 180 | 0.750 ± 0.071 | 1.000 ± 0.000 | +0.250 | 10 |" in rows[3]
     assert "| 0.400 | 1.000 | -0.100 | 10 |" in rows[4]  # a method that loses is shown like one that wins
 
 
 def test_the_sweep_is_shown_with_every_rate(example: dict[str, Any]) -> None:
     runs = [made("AdamW", 0, 0.5, loss, lr) for lr, loss in ((1e-4, 1.25), (1e-3, 0.9))]
-    assert "| class centroids | AdamW | 0.0001: 1.250, 0.001: 0.900 |" in example["lr_table"](runs)
+    assert "| all weights, from class centroids | AdamW | 0.0001: 1.250, 0.001: 0.900 |" in example["lr_table"](runs)
 
 
 def test_the_plot_is_drawn(example: dict[str, Any], tmp_path: Path) -> None:
@@ -106,9 +112,9 @@ def test_a_finished_run_is_read_and_not_repeated(
             trainer.callbacks[0].on_validation_end(trainer, None)
 
         trainer.validate = trainer.fit = validate
-        return SimpleNamespace(trainer=trainer, model=None, datamodule=None)
+        return SimpleNamespace(trainer=trainer, model=torch.nn.Linear(2, 2), datamodule=None)
 
     monkeypatch.setitem(run.__globals__, "LowBitCLI", build)
-    first = run("AdamW", "few", 1e-3, 0, 180, [], 1)
+    first = run("AdamW", "head", 1e-3, 0, 180, [], 1)
     monkeypatch.setitem(run.__globals__, "LowBitCLI", None)
-    assert run("AdamW", "few", 1e-3, 0, 180, [], 1) == json.loads(json.dumps(first))
+    assert run("AdamW", "head", 1e-3, 0, 180, [], 1) == json.loads(json.dumps(first))

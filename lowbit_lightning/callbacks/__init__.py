@@ -1,6 +1,7 @@
 """Lightning callbacks. They compose: any of them works on any LightningModule, in any order."""
 
 from lowbit_lightning.callbacks.compression_monitor import CompressionMonitor
+from lowbit_lightning.callbacks.dynamic_stashing import DynamicStashing
 from lowbit_lightning.callbacks.exact_resume import ExactResume
 from lowbit_lightning.callbacks.gradient_stabilizer import GradientStabilizer
 from lowbit_lightning.callbacks.memory_ledger import MemoryLedger
@@ -12,6 +13,7 @@ from lowbit_lightning.callbacks.swamping_monitor import SwampingMonitor
 
 __all__ = [
     "CompressionMonitor",
+    "DynamicStashing",
     "ExactResume",
     "GradientStabilizer",
     "MemoryLedger",

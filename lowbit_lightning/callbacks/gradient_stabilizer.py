@@ -25,7 +25,7 @@ from lowbit_lightning.callbacks.spike_injector import SpikeInjector
 from lowbit_lightning.callbacks.spike_monitor import SpikeMonitor
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.optim import LowBitOptimizer
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
 from lowbit_lightning.optim.gradient_batch import GradientBatch
 from lowbit_lightning.optim.gradient_rules import RULES, GradientRule, global_norm
 from lowbit_lightning.spikes.momentum import reset_momentum

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.optim import state_bytes
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
 from lowbit_lightning.optim.state_memory import modelled_state_bytes, tensor_bytes
 
 MEGABYTE = 1_000_000  # bytes

@@ -34,9 +34,9 @@ class SpikeGuard(Callback):
 
     ``skip`` leaves the step out: weights and optimizer states stay as they are, to the bit. ``reset_momentum`` makes
     the optimizer forget its averages, ``lower_lr`` lowers the learning rate for a time, ``raise_precision`` lets
-    techniques of few bits go one level up; the step is left out as well. ``rollback`` brings back a snapshot and the
-    full learning rate. ``abort`` ends the run with an error that names the last trusted checkpoint; so does the end of
-    the ladder.
+    techniques of few bits go one level up; the step is left out as well. ``rollback`` brings back a snapshot, its
+    precision, and the full learning rate. ``abort`` ends the run with an error that names the last trusted checkpoint;
+    so does the end of the ladder.
 
     EarlyStopping forgets abandoned validations too, but one that stops the run at a validation does so before a
     rollback for the same validation could happen; the ledger then says ``too late``.

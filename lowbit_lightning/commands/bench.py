@@ -31,6 +31,12 @@ ZO_WORKLOADS = {
     "20m": "a Llama of 20M parameters, an hour on one CPU thread with all tokens and perturbations",
     "2m": "a Llama of 2M parameters",
 }
+#: Of ``bench stash``; the models are in :mod:`.bench_stash`.
+STASH_WORKLOADS = {
+    "15m": "a Llama of 15M parameters",
+    "1m": "a Llama of 1M parameters, where a step is mostly the time it takes to ask for it",
+    "400m": "a Llama of 400M parameters with a vocabulary of 32000, for GPUs",
+}
 DEFAULT_WORKLOADS = {"cpu": ["10m", "tiny"], "cuda": list(WORKLOADS)}
 
 
@@ -47,6 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         "guard": (GUARD_WORKLOADS, ["10m"]),
         "precision": (GUARD_WORKLOADS, ["10m"]),
         "zo": (ZO_WORKLOADS, ["20m"]),
+        "stash": (STASH_WORKLOADS, {"cpu": ["15m"], "cuda": ["15m", "400m"]}[device]),
     }[options.what]
     workloads = list(dict.fromkeys(_one_of("--workload", name, known) for name in options.workload or default))
     for name, value in (("--repeats", options.repeats), ("--threads", options.threads)):
@@ -82,6 +89,22 @@ def run(arguments: Sequence[str]) -> int:
             workloads=workloads,
             tokens=sorted(set(options.tokens)),
             perturbations=sorted(set(options.perturbations)),
+            elements=options.elements,
+            repeats=options.repeats,
+            threads=options.threads,
+            json_file=options.json,
+            plot_file=options.plot,
+        )
+    if options.what == "stash":
+        for name in ("memory", "elements"):
+            if not getattr(options, name) > 0:
+                raise InvalidArgumentError(f"bench: --{name} {getattr(options, name)} is out of range: more than 0")
+        from lowbit_lightning.commands import bench_stash
+
+        return bench_stash.run(
+            device=device,
+            workloads=workloads,
+            memory=options.memory,
             elements=options.elements,
             repeats=options.repeats,
             threads=options.threads,
@@ -156,7 +179,22 @@ def _parser() -> argparse.ArgumentParser:
         "--elements", type=int, default=100_000_000, metavar="N", help="of the tensor for sign passes (default 10^8)"
     )
     zo.add_argument("--plot", type=Path, metavar="FILE", help="draw step time over forward passes there (PNG)")
-    for verb in (optim, guard, precision, zo):
+    stash = verbs.add_parser(
+        "stash",
+        help="what DynamicStashing keeps, its time and gradient error, against checkpointing and offloading",
+        description="Train one Llama in every way, in turns: plain, gradient checkpointing, save_on_cpu, packed.",
+        epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in STASH_WORKLOADS.items()),
+        allow_abbrev=False,
+    )
+    stash.add_argument("--workload", nargs="+", metavar="NAME", help=f"{', '.join(STASH_WORKLOADS)}; by default 15m")
+    stash.add_argument(
+        "--memory", type=float, default=8.0, metavar="GB", help="to say how large a batch fits (8, in 10^9 bytes)"
+    )
+    stash.add_argument(
+        "--elements", type=int, default=16_000_000, metavar="N", help="of the tensor to pack alone (16 million)"
+    )
+    stash.add_argument("--plot", type=Path, metavar="FILE", help="draw step time over bytes kept there (PNG)")
+    for verb in (optim, guard, precision, zo, stash):
         verb.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         verb.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds of one step each (default 10)")
         verb.add_argument("--threads", type=int, metavar="N", help="CPU threads, torch's own number by default")

@@ -46,11 +46,11 @@ class Workload:
 def plan_workload(name: str, dtype: torch.dtype, available: int | None) -> Workload:
     """Return the workload ``name``, scaled or empty according to ``available`` bytes (None: unknown, all of it).
 
-    Weights and gradients are shared by the nine optimizers, whose states are all there at the same time: 25.6 bytes per
-    fp32 parameter, 17.6 per bf16 one. torch's foreach needs up to three times the weights for its intermediates.
+    Weights and gradients are shared by the eleven optimizers, whose states are all there at the same time: 35.6 bytes
+    per fp32 parameter, 27.6 per bf16 one. torch's foreach needs up to three times the weights for its intermediates.
     """
     itemsize = dtype.itemsize
-    per_param = 2 * itemsize + (25.6 if itemsize == 4 else 17.6) + 3 * itemsize
+    per_param = 2 * itemsize + (35.6 if itemsize == 4 else 27.6) + 3 * itemsize
     room = None if available is None else int(0.8 * available / per_param)
     if name == "1b-mix":
         layers = _LAYERS if room is None else min(_LAYERS, room // _mix(1).numel)

@@ -1,9 +1,9 @@
 """The part of ``bench zo`` that wants a process of its own: the peak of memory of a forward-only run.
 
-Compared are the peaks of the same batches, through a Trainer's ``validate`` and its ``fit``, above what the loaded
-model takes. On Linux the C library is told (``MALLOC_MMAP_THRESHOLD_``) to give freed blocks of more than a megabyte
-back to the system at once: otherwise it keeps them in a heap that grows with the order of allocations, by tens of
-megabytes whatever a step needs, and the peak would tell about that heap.
+Compared are the peaks of the same batches, in bare forward passes, through a Trainer's ``validate`` and its ``fit``,
+above what the loaded model takes. On Linux the C library is told (``MALLOC_MMAP_THRESHOLD_``) to give freed blocks of
+more than a megabyte back to the system at once: otherwise it keeps them in a heap that grows with the order of
+allocations, by tens of megabytes whatever a step needs, and the peak would tell about that heap.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning.optim import FZOO
 from lowbit_lightning.strategies import ForwardOnlyStrategy
+from lowbit_lightning.strategies.replay import silent
 
 from .bench_contenders import peers_silenced
 from .bench_guard import GuardWorkload
@@ -55,7 +56,8 @@ def memory_in_process(workload: GuardWorkload, perturbations: int, device: str, 
 def memory(workload: GuardWorkload, perturbations: int, device: str) -> dict[str, Any]:
     """Return bytes: of the weights, of the largest parameter, and peaks above the loaded model.
 
-    ``inference`` is that of a validation, the others are those of training; all None where they cannot be measured.
+    ``forward`` is that of bare forward passes without a Trainer, ``inference`` that of its validation, the others are
+    those of training; all None where they cannot be measured.
     """
     small = replace(workload, hidden=64, layers=1, vocabulary=64, batch=1, length=8)
     _evaluate(small, small.module().to(device), device)
@@ -64,6 +66,7 @@ def memory(workload: GuardWorkload, perturbations: int, device: str) -> dict[str
     module = workload.module().to(device)
     sizes = [param.nbytes for param in module.parameters()]
     peaks: dict[str, Any] = {
+        "forward": _peak(lambda: _forward(workload, module, device), device),
         "inference": _peak(lambda: _evaluate(workload, module, device), device),
         "sequential": _peak(lambda: _train(workload, module, "rademacher", perturbations, device), device),
         "batched": _peak(lambda: _train(workload, module, "rank1", perturbations, device), device),
@@ -78,6 +81,12 @@ def _peak(run: Callable[[], object], device: str) -> int | None:
     peaks = [transient_bytes(run, device) for _ in range(_PEAKS)]
     known = [peak for peak in peaks if peak is not None]
     return int(median(known)) if known else None
+
+
+def _forward(workload: GuardWorkload, module: LightningModule, device: str) -> None:
+    with torch.no_grad(), silent(module):
+        for batch in workload.batches(_STEPS):
+            module.training_step({key: value.to(device) for key, value in batch.items()}, 0)
 
 
 def _evaluate(workload: GuardWorkload, module: LightningModule, device: str) -> None:

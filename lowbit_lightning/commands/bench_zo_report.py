@@ -13,6 +13,7 @@ forward ms     one forward pass on the same batch, without a Trainer
 forwards       step over forward within a pair, median; × (N+1) is that over the passes that a step consists of
 published      the authors' loop: weights perturbed in place and back, signs drawn by randint; without a Trainer
 peak MB        above the loaded model (10^6 bytes); batched passes have their activations N times
+inference      a Trainer's validation; forward is bare passes, without a Trainer
 bound          inference + the largest parameter + 5 % of the weights"""
 
 #: What targets are stated for; with fewer parameters a step is mostly the time it takes to ask for it.
@@ -83,7 +84,7 @@ def memory_table(memory: dict[str, Any]) -> str:
     base = memory["inference"]
     rows = [
         (name, f"{memory[name] / 1e6:,.1f}", "" if name == "inference" else f"{(memory[name] - base) / 1e6:+,.1f}")
-        for name in ("inference", "sequential", "batched")
+        for name in ("forward", "inference", "sequential", "batched")
     ]
     rows.append(("bound", f"{_bound(memory) / 1e6:,.1f}", f"{(_bound(memory) - base) / 1e6:+,.1f}"))
     title = (

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from lowbit_lightning import kernels
 from lowbit_lightning.kernels import (
+    block_float_cpu,
+    block_float_triton,
     micro_adam_cpu,
     micro_adam_triton,
     rademacher_cpu,
@@ -27,7 +29,15 @@ from lowbit_lightning.kernels import (
     solo_cpu,
     solo_triton,
 )
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
+from lowbit_lightning.kernels.block_float import (
+    BoxFormat,
+    empty_packed,
+    pack_reference,
+    quantize_reference,
+    unpack_reference,
+)
+from lowbit_lightning.kernels.micro_adam import micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor
 from lowbit_lightning.kernels.philox import block_calls, draw_16bit
 from lowbit_lightning.kernels.rademacher import (
     UPDATE_SLOT,
@@ -38,7 +48,8 @@ from lowbit_lightning.kernels.rademacher import (
     perturbed_copy_reference,
 )
 from lowbit_lightning.kernels.rademacher_cpu import Pass
-from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
+from lowbit_lightning.kernels.solo import solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloTensor
 from lowbit_lightning.optim import MicroAdam, SoloAdamW
 from lowbit_lightning.optim.base import LowBitOptimizer
 
@@ -48,20 +59,28 @@ MICRO_ADAM_SETTINGS: dict[str, dict[str, Any]] = {
     "micro_adam": {},
     "micro_adam auto": {"density": "auto", "error_rounding": "stochastic", "feedback": 0.125},
 }
+BLOCK_FLOAT_FORMATS = (
+    *(BoxFormat(2), BoxFormat(4), BoxFormat(5, 64), BoxFormat(8, rounding="nearest"), BoxFormat(16)),
+    *(BoxFormat(2, 32, "affine"), BoxFormat(4, 128, "affine")),
+)
 # Enough to tell whether the interpreter, which is slow, computes the same.
-_INTERPRETED = ("philox", "solo 4/2 float32", "micro_adam float32", "rademacher rank1 bfloat16")
+_INTERPRETED = ("philox", "solo 4/2 float32", "micro_adam float32", "rademacher rank1 bfloat16", "bfp 4 box 16 float32")
 _DIGESTS = Path(kernels.__file__).with_name("digests.json")
 
 
 @dataclass(frozen=True)
 class ComputePath:
-    """One way to make the steps: on which device, and by which function for each technique's tensors or passes."""
+    """One way to make the steps: on which device, and by which function for each technique's tensors or passes.
+
+    ``block_float`` is None for the reference.
+    """
 
     name: str
     device: str
     solo: Callable[[Sequence[SoloTensor]], list[bool]]
     micro_adam: Callable[[Sequence[MicroAdamTensor]], list[bool]]
     rademacher: Callable[[Pass], None]
+    block_float: Callable[..., None] | None
 
 
 def numbers(rows: int, columns: int, stream: int, step: int) -> Tensor:
@@ -126,16 +145,36 @@ def rademacher_reference(one: Pass) -> None:
         perturbed_copy_reference(one.source, -one.factors[1], one.noise, one.first_index, one.out)
 
 
+def block_float_digests(format: BoxFormat, dtype: torch.dtype, path: ComputePath) -> dict[str, str]:
+    """Return the digests of what a matrix becomes packed, unpacked again, and quantized along its first axis."""
+    x = numbers(100, 200, 1, 0).to(path.device, dtype)
+    noise = (0, 1, 2) if format.rounding == "stochastic" else None
+    if path.block_float is None:
+        packed = pack_reference(x, format, noise)
+        values, columns = unpack_reference(packed, format, x.shape, dtype), quantize_reference(x, format, noise, 0)
+    else:
+        packed, values, columns = empty_packed(x, format), torch.empty_like(x), torch.empty_like(x)
+        path.block_float(format, (100, 200, 1), noise, x=x, packed=packed)
+        path.block_float(format, (100, 200, 1), None, out=values, packed=packed)
+        path.block_float(format, (200, 100, 200), noise, x=x, out=columns)
+    found = {"codes": packed.codes, "scales": packed.scales, "values": values, "along columns": columns}
+    return {name: digest(tensor) for name, tensor in found.items()}
+
+
 def paths() -> Iterator[ComputePath]:
     """Yield every path that this machine has."""
-    reference = _each(solo_step_reference), _each(micro_adam_step_reference), rademacher_reference
-    triton = solo_triton.step_triton, micro_adam_triton.step_triton, rademacher_triton.launch
+    reference = _each(solo_step_reference), _each(micro_adam_step_reference), rademacher_reference, None
+    launches = rademacher_triton.launch, block_float_triton.launch
+    triton = solo_triton.step_triton, micro_adam_triton.step_triton, *launches
     yield ComputePath("reference, CPU", "cpu", *reference)
     solo, micro_adam = solo_cpu.load_library(), micro_adam_cpu.load_library()
-    signs = rademacher_cpu.load_library()
-    if solo is not None and micro_adam is not None and signs is not None:
+    signs, floats = rademacher_cpu.load_library(), block_float_cpu.load_library()
+    if solo is not None and micro_adam is not None and signs is not None and floats is not None:
         compiled = partial(solo_cpu.step_compiled, solo), partial(micro_adam_cpu.step_compiled, micro_adam)
-        yield ComputePath("compiled, CPU", "cpu", *compiled, lambda one: rademacher_cpu.run_compiled(signs, [one]))
+        passes = partial(block_float_cpu.run_compiled, floats)
+        yield ComputePath(
+            "compiled, CPU", "cpu", *compiled, lambda one: rademacher_cpu.run_compiled(signs, [one]), passes
+        )
     if torch.cuda.is_available():
         yield ComputePath("reference, CUDA", "cuda", *reference)
         yield ComputePath("Triton, CUDA", "cuda", *triton)
@@ -175,6 +214,10 @@ def cases(path: ComputePath) -> Iterator[tuple[str, Callable[[], dict[str, str]]
         for dtype in (torch.float32, torch.bfloat16):
             case = f"rademacher {signs} {str(dtype).removeprefix('torch.')}"
             yield case, partial(rademacher_digests, rank1, dtype, path)
+    for format in BLOCK_FLOAT_FORMATS:
+        for dtype in (torch.float32, torch.bfloat16):
+            case = f"{format.kind} {format.bits} box {format.box} {str(dtype).removeprefix('torch.')}"
+            yield case, partial(block_float_digests, format, dtype, path)
 
 
 def first_difference(found: dict[str, str], expected: dict[str, str]) -> str | None:

@@ -6,8 +6,7 @@ the run: its batches, its dropout, its micro-batches. The start weights are kept
 rate's weights are made from them again by repeating its updates, for which the losses of its steps are all it takes.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lowbit_lightning import __version__
 from lowbit_lightning.atomic_file import atomic_file
-from lowbit_lightning.callbacks.memory_ledger import format_table
 from lowbit_lightning.cli import LowBitCLI, quieten_lightning
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer, scalar_loss
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer, scalar_loss
 from lowbit_lightning.strategies.forward_only import ForwardOnlyMixin
 from lowbit_lightning.strategies.replay import ModuleState, silent
 
+from . import tune_report
 from .tune_journal import Journal
 from .tune_search import EPS_FACTORS, LR_FACTORS, EpsTrial, LrTrial, Plan, around, choose_eps, halve, make_plan
 
@@ -132,12 +131,12 @@ class _Search(Callback):
                 self._search(passes)
             except KeyboardInterrupt:
                 bar.close()
-                print(self._tables())
+                print(self._report())
                 print("\nInterrupted. The same command goes on from here.", flush=True)
                 raise
             finally:
                 passes.restore()
-        print(self._tables())
+        print(self._report())
         assert self.best is not None
         if not self.best.is_better:
             raise InvalidArgumentError(
@@ -151,6 +150,9 @@ class _Search(Callback):
             )
         trainer.should_stop = True
         trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
+    def _report(self) -> str:
+        return tune_report.tables(self._eps_trials, self.eps, self._lr_trials, self.best)
 
     def _search(self, passes: "_Passes") -> None:
         self._eps_trials = [EpsTrial(eps) for eps in around(passes.eps, EPS_FACTORS)]
@@ -166,41 +168,6 @@ class _Search(Callback):
             lambda trial, steps: passes.train(trial, eps, steps),
             lambda step: passes.start_loss(eps, step),
         )
-
-    def _tables(self) -> str:
-        """Return what was tried so far."""
-        eps_rows = [
-            (f"{trial.eps:g}", _mean(trial.norms), _percent(trial.change), _remark(trial, self.eps))
-            for trial in self._eps_trials
-        ]
-        text = format_table(("eps", "sigma/eps", "to the next", ""), eps_rows)
-        if self.eps is not None and not self.eps.is_flat:
-            text += "\nNo two neighbours agree: eps is a guess. Losses in fp32 and more --forwards may help."
-        if not self._lr_trials:
-            return text
-        lr_rows = [
-            (f"{trial.lr:g}", str(len(trial.losses)), _signed(trial), "best" if trial is self.best else "")
-            for trial in self._lr_trials
-        ]
-        return f"{text}\n\n" + format_table(("lr", "steps", "loss against the start", ""), lr_rows)
-
-
-def _mean(norms: Sequence[float]) -> str:
-    return f"{sum(norms) / len(norms):.4g}" if norms else ""
-
-
-def _percent(change: float) -> str:
-    return f"{change:.1%}" if math.isfinite(change) else ""
-
-
-def _remark(trial: EpsTrial, chosen: EpsTrial | None) -> str:
-    return ", ".join(["flat"] * trial.is_flat + ["chosen"] * (trial is chosen))
-
-
-def _signed(trial: LrTrial) -> str:
-    if trial.diverged or math.isnan(trial.change):
-        return "diverged" if trial.diverged else ""
-    return f"{trial.change:+.4f}" + (f" ± {trial.error:.4f}" if math.isfinite(trial.error) else "")
 
 
 class _Passes:

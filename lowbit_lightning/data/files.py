@@ -1,16 +1,17 @@
-"""Documents and rows out of files, one at a time: globs, five formats, and errors that name file, line and cure.
+"""Documents and rows out of files, one at a time: globs, six formats, and errors that name file, line and cure.
 
 A ``.txt`` or ``.md`` file is one document; a ``.jsonl`` file has one per line and a ``.parquet`` file one per row, in a
-field or column that the user names. Rows of several fields come from ``.csv`` too. Everything here is lazy: no more
-than one document (or one batch of parquet rows) is in memory at a time.
+field or column that the user names. Rows of several fields come from ``.csv`` and ``.tsv`` too. Everything here is
+lazy: no more than one document (or one batch of parquet rows) is in memory at a time.
 """
 
 import csv
+import functools
 import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lowbit_lightning.errors import CorpusError
 
@@ -100,7 +101,7 @@ def _read_text(path: str, max_bytes: int | None) -> Iterator[bytes]:
 
 
 def read_rows(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
-    """The rows of a .csv (with a line of names), .jsonl or .parquet file, each as the cells of the fields asked for.
+    """The rows of a .csv or .tsv (with a line of names), .jsonl or .parquet file, as the cells of the fields asked for.
 
     Args:
         path: The file.
@@ -112,7 +113,12 @@ def read_rows(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
     try:
         match _suffix(path):
             case ".csv":
-                yield from _read_csv(path, fields)
+                remedy = "Put values with commas or line ends in double quotes."
+                yield from _read_table(path, fields, csv.reader, remedy)
+            case ".tsv":
+                # Quotes mean nothing in these: corpora of sentences are full of single ones.
+                split = functools.partial(csv.reader, delimiter="\t", quoting=csv.QUOTE_NONE)
+                yield from _read_table(path, fields, split, "Take tabs out of the values.")
             case ".jsonl":
                 yield from _read_jsonl(path, fields)
             case _:
@@ -121,24 +127,21 @@ def read_rows(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
         raise CorpusError(f"'{path}' cannot be read: {error.strerror or error}.") from error
 
 
-def _read_csv(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:
+def _read_table(path: str, fields: Mapping[str, str], split: Any, remedy: str) -> Iterator[list[Cell]]:
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = csv.reader(file, strict=True)
+        rows = split(file, strict=True)
         try:
-            names = next(rows, [])
+            names: list[str] = next(rows, [])
             _check_names(f"'{path}': no column", "Columns", names, fields)
             positions = [names.index(field) for field in fields.values()]
             for row in rows:
                 place = f"{path}:{rows.line_num}"
                 if row and len(row) != len(names):
-                    raise CorpusError(
-                        f"{place}: {len(row)} values, but line 1 names {len(names)} columns. "
-                        "Put values with commas or line ends in double quotes."
-                    )
+                    raise CorpusError(f"{place}: {len(row)} values, but line 1 names {len(names)} columns. {remedy}")
                 if row:
                     yield [Cell(row[at], f"{place}: column '{names[at]}'") for at in positions]
         except csv.Error as error:
-            raise CorpusError(f"{path}:{rows.line_num}: not CSV ({error}).") from error
+            raise CorpusError(f"{path}:{rows.line_num}: not {_suffix(path)[1:].upper()} ({error}).") from error
 
 
 def _read_jsonl(path: str, fields: Mapping[str, str]) -> Iterator[list[Cell]]:

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
 
-from lowbit_lightning.data.module import Part, place_among_processes, progress_bar
+from lowbit_lightning.data.in_memory import Collate, ExamplesInMemory
+from lowbit_lightning.data.module import Part, progress_bar
 from lowbit_lightning.data.padding import TokenizedExamples, padded
-from lowbit_lightning.data.resumable import ResumableDataLoader
 from lowbit_lightning.data.tokens import load_tokenizer
 from lowbit_lightning.errors import CorpusError, InvalidArgumentError
 
@@ -36,7 +35,7 @@ class Example(NamedTuple):
     place: str
 
 
-class LabeledExamples(LightningDataModule):
+class LabeledExamples(ExamplesInMemory):
     """Base of the data modules for classification.
 
     Batches are ``{"input_ids": int64 (batch, length), "attention_mask": int64 (batch, length), "labels": int64
@@ -66,26 +65,12 @@ class LabeledExamples(LightningDataModule):
         seed: int,
         num_workers: int,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("max_length", max_length, 4),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise InvalidArgumentError(f"{name}={value} must be at least {least}.")
-        if not 0 < val_fraction < 1:
-            raise InvalidArgumentError(f"val_fraction={val_fraction} must lie between 0 and 1, both excluded.")
+        super().__init__({"max_length": (max_length, 4)}, batch_size, val_fraction, seed, num_workers)
         if prompt.count(_TEXT) != 1:
             raise InvalidArgumentError(f"prompt={prompt!r} must contain {_TEXT} once, where the text goes.")
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self.num_workers = num_workers
-        self._datasets: dict[Part, TokenizedExamples] = {}
         self._label_names: list[str] = []
 
     @functools.cached_property
@@ -145,7 +130,7 @@ class LabeledExamples(LightningDataModule):
                     f"{example.place}: the validation label {example.label!r} is not among the training labels: "
                     f"{_shortened(names)}."
                 )
-        datasets: dict[Part, TokenizedExamples] = {}
+        datasets: dict[Part, Dataset[Any]] = {}
         for part, of_part in examples.items():
             with progress_bar(f"Tokenizing {part} texts", sum(len(example.text) for example in of_part)) as bar:
                 rows = []
@@ -178,37 +163,9 @@ class LabeledExamples(LightningDataModule):
             raise CorpusError(f"{example.place}: the text {example.text[:40]!r} has no tokens. Remove the example.")
         return np.array(tokens, dtype=np.int32)
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        """Batches of the training part in a new order every epoch. A short last one is dropped unless it is alone."""
-        dataset = self._datasets["train"]
-        _, world_size = place_among_processes()
-        return self._loader(dataset, shuffle=True, drop_last=len(dataset) >= self.batch_size * world_size)
-
-    def val_dataloader(self) -> ResumableDataLoader:
-        """Batches of the validation part, in order and without leaving any out."""
-        return self._loader(self._datasets["validation"])
-
-    def test_dataloader(self) -> ResumableDataLoader:
-        """The validation batches."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> ResumableDataLoader:
-        """The validation batches."""
-        return self.val_dataloader()
-
-    def _loader(
-        self, dataset: TokenizedExamples, shuffle: bool = False, drop_last: bool = False
-    ) -> ResumableDataLoader:
-        return ResumableDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(padded, pad_token=self._tokenizer.pad_token_id or 0),
-            pin_memory=torch.cuda.is_available(),
-        )
+    def collate(self) -> Collate:
+        """Return what pads a batch."""
+        return functools.partial(padded, pad_token=self._tokenizer.pad_token_id or 0)
 
 
 def _by_value(name: str) -> tuple[bool, int, str]:

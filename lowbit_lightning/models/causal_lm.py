@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from lowbit_lightning.errors import InvalidArgumentError
@@ -52,6 +51,7 @@ class CausalLM(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model: Any = load_model(AutoModelForCausalLM, config, pretrained, attn_implementation)
+        self.model.loss_type = "ForCausalLM"  # which the names of some classes do not tell transformers
         self.model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes as they are
         if gradient_checkpointing:
             # transformers renamed it in the course of version 5.
@@ -72,10 +72,11 @@ class CausalLM(LightningModule):
 
     def _nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the summed negative log-likelihood in nats and the number of predicted tokens, both 0-d."""
-        logits = self(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
-        targets = batch["labels"][:, 1:]
-        nll = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED, reduction="sum")
-        return nll, (targets != _IGNORED).sum()
+        logits = self(batch["input_ids"], batch.get("attention_mask"))
+        labels = batch["labels"]
+        # The model's own loss, which a technique may have replaced; it divides by what it is told, or by the tokens.
+        nll = self.model.loss_function(logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=1)
+        return nll, (labels[:, 1:] != _IGNORED).sum()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss in nats per token."""

@@ -6,6 +6,7 @@ nothing of forward-only training; what that needs of any module is that a traini
 batch, weights and random generators.
 """
 
+import fnmatch
 import inspect
 from typing import Any, Literal, cast
 
@@ -42,6 +43,8 @@ class SequenceClassifier(LightningModule):
         label_words: for causal models, instead of pooling and head: by label, the word that completes the data's
             ``prompt`` for it, with its leading space if it has one. Must be one token.
         lora: train low-rank adapters and the head only: arguments of ``peft.LoraConfig``, such as ``{r: 8}``.
+        trainable: train only parameters whose names match one of these patterns, such as ``["head.*"]`` or
+            ``["*.bias", "head.*"]``; null for all.
         attn_implementation: which attention kernel the model uses.
 
     Raises:
@@ -58,6 +61,7 @@ class SequenceClassifier(LightningModule):
         centroid_examples: int = 128,
         label_words: dict[str, str] | None = None,
         lora: dict[str, Any] | None = None,
+        trainable: list[str] | None = None,
         attn_implementation: Literal["sdpa", "eager"] = "sdpa",
     ) -> None:
         super().__init__()
@@ -67,6 +71,8 @@ class SequenceClassifier(LightningModule):
             raise InvalidArgumentError(f"centroid_examples={centroid_examples} must be at least 1")
         if label_words is not None and head == "centroids":
             raise InvalidArgumentError(f"head={head!r} with label_words: there is no head, the words are the classes")
+        if lora is not None and trainable is not None:
+            raise InvalidArgumentError(f"trainable={trainable!r} with lora: adapters and head are what is trained then")
         self.save_hyperparameters()
         kind = AutoModelForCausalLM if label_words is not None else AutoModel
         self.model: Any = load_model(kind, config, pretrained, attn_implementation)
@@ -100,8 +106,22 @@ class SequenceClassifier(LightningModule):
             # A checkpoint brings its own head.
             if self.hparams["head"] == "centroids" and data is not None and self.trainer.ckpt_path is None:
                 self._start_from_centroids(data, num_labels)
+        if self.hparams["trainable"] is not None:
+            self._freeze_all_but(self.hparams["trainable"])
         self.val_accuracy = Accuracy(task="multiclass", num_classes=num_labels)
         self.test_accuracy = Accuracy(task="multiclass", num_classes=num_labels)
+
+    def _freeze_all_but(self, patterns: list[str]) -> None:
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise InvalidArgumentError(
+                    f"trainable={patterns!r}: no parameter's name matches {pattern!r}; names are like {names[0]!r} and "
+                    f"{names[-1]!r}"
+                )
+        for name, param in self.named_parameters():
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                param.requires_grad_(False)
 
     def _num_labels(self, data: Any) -> int:
         given: int | None = self.hparams["num_labels"]

@@ -16,19 +16,14 @@ from torch.optim.optimizer import ParamsT
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
-from lowbit_lightning.kernels.micro_adam import (
-    MicroAdamHyperparameters,
-    MicroAdamTensor,
-    dequantize_error,
-    dequantize_moments,
-    last_selection,
-    micro_adam_step,
-    new_state,
-)
+from lowbit_lightning.kernels.micro_adam import dequantize_error, dequantize_moments, last_selection, micro_adam_step
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamHyperparameters, MicroAdamTensor, new_state
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.kernels.solo import SoloHyperparameters, SoloTensor, solo_step
-from lowbit_lightning.kernels.top_k import LARGEST_BLOCK
+from lowbit_lightning.kernels.solo import solo_step
+from lowbit_lightning.kernels.solo_tensor import SoloHyperparameters, SoloTensor
 from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
+from lowbit_lightning.optim.matrix_layout import matrix_layout, own_shard
+from lowbit_lightning.optim.micro_adam_settings import check_settings, hyperparameters
 from lowbit_lightning.optim.micro_adam_shards import (
     new_sharded_state,
     own_shard_of,
@@ -37,7 +32,7 @@ from lowbit_lightning.optim.micro_adam_shards import (
     sum_over_shards,
 )
 from lowbit_lightning.optim.sharding import agreed_gradients, is_dtensor, local, zeros_beside
-from lowbit_lightning.optim.solo import matrix_layout, own_shard
+from lowbit_lightning.optim.solo_settings import adamw_hyperparameters
 
 _stream_id = cache(stream_id)
 
@@ -151,14 +146,14 @@ class MicroAdam(LowBitOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["betas"], group["density_bounds"] = tuple(group["betas"]), tuple(group["density_bounds"])
-        _check_settings(group)
+        check_settings(group)
         for own, name, param in self.named_params():
             if own is group and param.is_complex():
                 raise InvalidArgumentError(
                     f"params: MicroAdam takes real parameters, {name!r} is complex; use view_as_real"
                 )
             if own is group and is_dtensor(param) and is_compressed(group, param):
-                shards_of(param, name, _hyperparameters(group))
+                shards_of(param, name, hyperparameters(group))
                 if group["density"] == "auto":
                     raise InvalidArgumentError(
                         f"density='auto' looks at whole parameters, {name!r} is divided among processes: set a number"
@@ -169,7 +164,7 @@ class MicroAdam(LowBitOptimizer):
         # On CUDA it is the kernel that counts, so that the host need not wait to know which steps are skipped.
         counter_device = device if device.type == "cuda" else torch.device("cpu")
         if is_compressed(group, param):
-            hyper = _hyperparameters(group)
+            hyper = hyperparameters(group)
             if is_dtensor(param):
                 return new_sharded_state(param, shards_of(param, name, hyper), hyper, device, counter_device)
             return new_state(param.numel(), hyper, device, counter_device)
@@ -179,7 +174,7 @@ class MicroAdam(LowBitOptimizer):
     def convert_state(self, group: ParamGroup, name: str, param: Tensor, saved: State) -> State | None:
         """Convert nothing; says which numbers of processes a state of other shards suits."""
         if is_compressed(group, param):
-            refuse_other_shards(name, param.shape, saved, _hyperparameters(group))
+            refuse_other_shards(name, param.shape, saved, hyperparameters(group))
         return None
 
     def dequantized_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -223,7 +218,7 @@ class MicroAdam(LowBitOptimizer):
             detail = f"{density}, window {group['window']}, {group['bias_correction']} bias correction"
             if not is_compressed(group, param):
                 detail = "fp32 AdamW"
-            elif is_dtensor(param) and not (shards := shards_of(param, name, _hyperparameters(group))).aligned:
+            elif is_dtensor(param) and not (shards := shards_of(param, name, hyperparameters(group))).aligned:
                 detail += f", {shards.count} shards that end within blocks: resume on as many processes"
             rows.setdefault(detail, []).append(param)
         return [
@@ -263,7 +258,10 @@ class MicroAdam(LowBitOptimizer):
         compressed: list[tuple[ParamGroup, MicroAdamTensor]] = []
         plain: list[tuple[ParamGroup, SoloTensor]] = []
         gradients = agreed_gradients((param for _, _, param in self.named_params()), LARGEST_SQUARABLE)
-        hypers = {id(group): (_hyperparameters(group), _plain_hyperparameters(group)) for group in self.param_groups}
+        hypers = {
+            id(group): (hyperparameters(group), adamw_hyperparameters(group, float(group["betas"][0])))
+            for group in self.param_groups
+        }
         for group, name, param in self.named_params():
             if param.grad is None or not param.numel():
                 continue
@@ -289,7 +287,7 @@ class MicroAdam(LowBitOptimizer):
         group, name = next((group, name) for group, name, own in self.named_params() if own is param)
         if not is_compressed(group, param) or not self.state[param]:
             return None
-        return self._compressed_tensor(group, name, param, _hyperparameters(group), local(param))
+        return self._compressed_tensor(group, name, param, hyperparameters(group), local(param))
 
     def _compressed_tensor(
         self, group: ParamGroup, name: str, param: Tensor, hyper: MicroAdamHyperparameters, grad: Tensor
@@ -322,69 +320,3 @@ def _shaped(values: Tensor, param: Tensor) -> Tensor:
     if local(whole).numel():
         local(whole).copy_(values.view_as(local(whole)))
     return whole
-
-
-def _hyperparameters(group: ParamGroup) -> MicroAdamHyperparameters:
-    return MicroAdamHyperparameters(
-        lr=float(group["lr"]),
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        window=group["window"],
-        topk_block=group["topk_block"],
-        error_block=group["error_block"],
-        density=None if group["density"] == "auto" else group["density"],
-        density_bounds=group["density_bounds"],
-        caught_target=group["caught_target"],
-        window_correction=group["bias_correction"] == "window",
-        stochastic_error=group["error_rounding"] == "stochastic",
-        feedback=group["feedback"],
-        bf16_stochastic_rounding=group["bf16_stochastic_rounding"],
-        maximize=group["maximize"],
-        seed=group["seed"],
-    )
-
-
-def _plain_hyperparameters(group: ParamGroup) -> SoloHyperparameters:
-    """Return AdamW's: what SOLO's step is at 32 bits, with its fast paths and its rounding of bf16 weights."""
-    return SoloHyperparameters(
-        lr=float(group["lr"]),
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        bits=(32, 32),
-        block_size=128,
-        quantile=0.0,
-        bf16_stochastic_rounding=group["bf16_stochastic_rounding"],
-        maximize=group["maximize"],
-        seed=group["seed"],
-    )
-
-
-def _check_settings(settings: ParamGroup) -> None:
-    def require(name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise InvalidArgumentError(f"{name}={settings[name]!r} is out of range: {allowed}")
-
-    def is_count(name: str, least: int, most: float = float("inf")) -> bool:
-        return isinstance(settings[name], int) and least <= settings[name] <= most
-
-    betas, density, bounds = settings["betas"], settings["density"], settings["density_bounds"]
-    require("lr", float(settings["lr"]) >= 0, "a number >= 0")
-    require("betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
-    require("eps", settings["eps"] >= 0, "a number >= 0")
-    require("weight_decay", settings["weight_decay"] >= 0, "a number >= 0")
-    require("window", is_count("window", 1), "an integer >= 1")
-    is_share = isinstance(density, int | float) and 0 < density <= 1
-    require("density", is_share or density == "auto", "a number in (0, 1], or auto")
-    require("topk_block", is_count("topk_block", 1, LARGEST_BLOCK), f"an integer from 1 to {LARGEST_BLOCK}")
-    require("error_block", is_count("error_block", 2) and settings["error_block"] % 2 == 0, "an even integer >= 2")
-    require("min_numel", is_count("min_numel", 0), "an integer >= 0")
-    require("error_rounding", settings["error_rounding"] in ("nearest", "stochastic"), "nearest or stochastic")
-    require("bias_correction", settings["bias_correction"] in ("global", "window"), "global or window")
-    require("feedback", 0 <= settings["feedback"] < 1, "a number in [0, 1)")
-    require("caught_target", 0 < settings["caught_target"] <= 1, "a number in (0, 1]")
-    ordered = len(bounds) == 2 and 0 < bounds[0] <= bounds[1] <= 1
-    require("density_bounds", ordered, "two numbers in (0, 1], the lower one first")

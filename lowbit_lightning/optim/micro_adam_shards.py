@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowbit_lightning.errors import CheckpointError, InvalidArgumentError
-from lowbit_lightning.kernels.micro_adam import MicroAdamHyperparameters, MicroAdamTensor, new_state, state_layout
+from lowbit_lightning.kernels.micro_adam_tensor import (
+    MicroAdamHyperparameters,
+    MicroAdamTensor,
+    new_state,
+    state_layout,
+)
 from lowbit_lightning.kernels.philox import NOISE_BLOCK
 from lowbit_lightning.optim.base import State
 from lowbit_lightning.optim.sharding import local

@@ -7,9 +7,8 @@ rounded stochastically, and β₁ is adjusted to the bits by default. With FSDP2
 same bits as a single process would.
 """
 
-import math
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -18,19 +17,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.kernels.dynamic import dynamic_resolution
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.kernels.solo import (
-    Part,
-    SoloHyperparameters,
-    SoloTensor,
-    dequantize_moments,
-    quantize_moments,
-    row_bytes,
-    solo_step,
-)
+from lowbit_lightning.kernels.solo import dequantize_moments, quantize_moments, solo_step
+from lowbit_lightning.kernels.solo_tensor import SoloTensor, row_bytes
 from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
+from lowbit_lightning.optim.matrix_layout import matrix_layout, matrix_shape, matrix_views, own_shard
 from lowbit_lightning.optim.sharding import (
     agreed_gradients,
     cut_dimensions,
@@ -40,24 +32,17 @@ from lowbit_lightning.optim.sharding import (
     placed_like,
     zeros_beside,
 )
+from lowbit_lightning.optim.solo_settings import (
+    OVERRIDABLE,
+    SCALE_DTYPES,
+    adjusted_beta1,
+    check_settings,
+    hyperparameters,
+    normalized_overrides,
+)
 
-_BITS = (2, 3, 4, 8, 32)
-_SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Narrower rows would pay more for block scales than for codes (LoRA's B, depthwise convolutions).
 _MIN_COLUMNS = 64
-_OVERRIDABLE = ("bits", "block_size", "quantile", "reference_bits", "min_numel")
-
-
-def adjusted_beta1(beta1: float, bits: int, reference_bits: int | None) -> float:
-    """Return β₁ lowered until a ``bits``-bit first moment is no noisier than a ``reference_bits``-bit one at ``beta1``.
-
-    Theorem 3.6 of the paper with r(b) the median half-gap of the format: c = β₁/(1-β₁) · r(reference)/r(bits),
-    β₁' = c/(1+c). Never above ``beta1``; ``reference_bits=None`` switches the adjustment off.
-    """
-    if reference_bits is None or bits >= reference_bits:
-        return beta1
-    odds = beta1 / (1 - beta1) * dynamic_resolution(reference_bits) / dynamic_resolution(bits)
-    return odds / (1 + odds)
 
 
 class SoloAdamW(LowBitOptimizer):
@@ -131,7 +116,7 @@ class SoloAdamW(LowBitOptimizer):
             "stochastic_rounding": stochastic_rounding,
             "bf16_stochastic_rounding": bf16_stochastic_rounding,
             "min_numel": min_numel,
-            "overrides": _normalized_overrides(overrides),
+            "overrides": normalized_overrides(overrides),
             "scale_dtype": scale_dtype,
             "seed": seed,
             "maximize": maximize,
@@ -144,9 +129,9 @@ class SoloAdamW(LowBitOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["bits"], group["betas"] = tuple(group["bits"]), tuple(group["betas"])
-        _check_settings(group)
+        check_settings(group)
         for pattern, settings in group["overrides"].items():
-            _check_settings(group | settings, f"overrides[{pattern!r}].")
+            check_settings(group | settings, f"overrides[{pattern!r}].")
         if group["overrides"] and "param_names" not in group:
             raise InvalidArgumentError(
                 f"overrides={group['overrides']!r} matches parameters by name, but this optimizer was given none: "
@@ -177,15 +162,15 @@ class SoloAdamW(LowBitOptimizer):
         """Return the group's settings with this parameter's overrides, and (32, 32) bits where it stays in fp32."""
         override: ParamGroup = next((s for pattern, s in group["overrides"].items() if fnmatch(name, pattern)), {})
         settings = group | override
-        if param.ndim < 2 or param.numel() < settings["min_numel"] or _matrix_shape(param.shape)[1] < _MIN_COLUMNS:
+        if param.ndim < 2 or param.numel() < settings["min_numel"] or matrix_shape(param.shape)[1] < _MIN_COLUMNS:
             settings["bits"] = (32, 32)
         return settings
 
     def new_state(self, group: ParamGroup, name: str, param: Tensor, device: torch.device) -> State:
         """Return zero moments, see :mod:`lowbit_lightning.kernels.solo` for the tensors."""
         settings = self.settings(group, name, param)
-        (rows, columns), block_size = _matrix_shape(param.shape), settings["block_size"]
-        blocks, scale_dtype = -(-columns // block_size), _SCALE_DTYPES[settings["scale_dtype"]]
+        (rows, columns), block_size = matrix_shape(param.shape), settings["block_size"]
+        blocks, scale_dtype = -(-columns // block_size), SCALE_DTYPES[settings["scale_dtype"]]
         # On CUDA it is the kernel that counts, so that the host need not wait to know which steps are skipped.
         counter_device = device if device.type == "cuda" else torch.device("cpu")
         state = {"step": torch.zeros((), dtype=torch.float32, device=counter_device)}
@@ -209,13 +194,13 @@ class SoloAdamW(LowBitOptimizer):
         settings = self.settings(group, name, param)
         state = self.new_state(group, name, param, param.device)
         state["step"].copy_(torch.as_tensor(saved["step"]))
-        shape = _matrix_shape(local(param).shape)
+        shape = matrix_shape(local(param).shape)
         whole = zeros_beside(param, param.shape, torch.float32, torch.device("meta"))
         exp_avg, exp_avg_sq = (
             local(placed_like(saved[key].detach(), whole, param.device)).float().reshape(shape)
             for key in ("exp_avg", "exp_avg_sq")
         )
-        views = _matrix_views(state, shape)
+        views = matrix_views(state, shape)
         quantize_moments(exp_avg, exp_avg_sq, views, settings["bits"], settings["block_size"], settings["quantile"])
         return state
 
@@ -227,8 +212,8 @@ class SoloAdamW(LowBitOptimizer):
         """
         group, name = next((group, name) for group, name, own in self.named_params() if own is param)
         settings, own_part = self.settings(group, name, param), local(param)
-        all_rows, columns = _matrix_shape(own_part.shape)
-        state = _matrix_views(self.state[param], (all_rows, columns))
+        all_rows, columns = matrix_shape(own_part.shape)
+        state = matrix_views(self.state[param], (all_rows, columns))
         first = {key: value[:rows] for key, value in state.items() if key != "step"}
         shape = (all_rows if rows is None else min(rows, all_rows), columns)
         moments = dequantize_moments(first, *shape, settings["bits"], settings["block_size"])
@@ -289,7 +274,7 @@ class SoloAdamW(LowBitOptimizer):
         sharded = [param for group, plan in plans if plan.sharded for param in group["params"]]
         gradients = agreed_gradients(sharded, LARGEST_SQUARABLE)
         for group, plan in plans:
-            hypers = [_hyperparameters(group, settings) for settings in plan.settings]
+            hypers = [hyperparameters(group, settings) for settings in plan.settings]
             for param, constants in zip(group["params"], plan.constants, strict=True):
                 grad, (name, which, cut, *layout) = param.grad, constants
                 if grad is None or not param.numel():
@@ -340,7 +325,7 @@ class _GroupPlan:
     sharded: bool = False  # there is a DTensor
 
     def add(self, settings: ParamGroup, name: str, param: Tensor) -> None:
-        chosen = {key: settings[key] for key in _OVERRIDABLE}
+        chosen = {key: settings[key] for key in OVERRIDABLE}
         if chosen not in self.settings:
             self.settings.append(chosen)
         streams = stream_id(name, "state"), stream_id(name, "weight")
@@ -352,90 +337,4 @@ class _GroupPlan:
 def _plan_source(group: ParamGroup) -> tuple[Any, ...]:
     # The address stands for the parameter: names may depend on its place, and shapes are compared as well.
     tensors = [(id(param), param.shape) for param in group["params"]]
-    return tensors, group.get("param_names"), group["overrides"], [group[key] for key in _OVERRIDABLE]
-
-
-def _hyperparameters(group: ParamGroup, settings: ParamGroup) -> SoloHyperparameters:
-    beta1, beta2 = group["betas"]
-    return SoloHyperparameters(
-        lr=float(group["lr"]),
-        beta1=adjusted_beta1(beta1, settings["bits"][0], settings["reference_bits"]),
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        bits=settings["bits"],
-        block_size=settings["block_size"],
-        quantile=settings["quantile"],
-        stochastic_rounding=group["stochastic_rounding"],
-        bf16_stochastic_rounding=group["bf16_stochastic_rounding"],
-        maximize=group["maximize"],
-        seed=group["seed"],
-    )
-
-
-def matrix_layout(param: Tensor, name: str) -> tuple[Part | None, int, int, int]:
-    """Return ``cut``, ``rows``, ``columns`` and ``first_row`` of a SoloTensor for this process's part of ``param``."""
-    slices, shape = part(param, name), tuple(param.shape)
-    first_row = slices[0].start if param.ndim > 1 else 0
-    cut = None
-    if param.ndim == 1 and slices[0] != slice(0, *shape):  # one row, divided
-        cut = Part((1, *shape), (slice(0, 1), *slices))
-    elif cut_dimensions(param):
-        cut = Part(shape, slices)
-    return cut, *_matrix_shape(local(param).shape), first_row
-
-
-def own_shard(tensor: SoloTensor, cut: Part | None) -> SoloTensor:
-    """Return what to step of a sharded parameter: ``tensor``, or a stand-in where this process has nothing of it."""
-    if tensor.param.numel():
-        tensor.cut = cut
-        return tensor
-    # One element that counts the steps of the others, or skips them: counters are saved by any one process.
-    moments = {key: torch.zeros_like(tensor.grad, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
-    state = {"step": tensor.state["step"], **moments}
-    return SoloTensor(torch.zeros_like(tensor.grad), tensor.grad, state, replace(tensor.hyper, bits=(32, 32)), 1, 1)
-
-
-def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape.numel())
-
-
-def _matrix_views(state: State, shape: tuple[int, int]) -> State:
-    """Return the local state with fp32 moments, which have the parameter's own shape, seen as matrices."""
-    views = {key: local(value) for key, value in state.items()}
-    return {key: value.view(shape) if key in ("exp_avg", "exp_avg_sq") else value for key, value in views.items()}
-
-
-def _normalized_overrides(overrides: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    normalized = {}
-    for pattern, settings in (overrides or {}).items():
-        unknown = set(settings) - set(_OVERRIDABLE)
-        if unknown:
-            raise InvalidArgumentError(
-                f"overrides[{pattern!r}] sets {sorted(unknown)}, which cannot be overridden by name: "
-                f"use {', '.join(_OVERRIDABLE)}, or a parameter group of its own"
-            )
-        normalized[pattern] = {k: tuple(v) if k == "bits" else v for k, v in settings.items()}
-    return normalized
-
-
-def _check_settings(settings: ParamGroup, where: str = "") -> None:
-    def require(name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise InvalidArgumentError(f"{where}{name}={settings[name]!r} is out of range: {allowed}")
-
-    require("lr", float(settings["lr"]) >= 0, "a number >= 0")
-    require(
-        "betas", len(settings["betas"]) == 2 and all(0 <= b < 1 for b in settings["betas"]), "two numbers in [0, 1)"
-    )
-    require("eps", settings["eps"] >= 0, "a number >= 0")
-    require("weight_decay", settings["weight_decay"] >= 0, "a number >= 0")
-    bits = settings["bits"]
-    require("bits", len(bits) == 2 and all(b in _BITS for b in bits), f"two of {_BITS} (first, second moment)")
-    require(
-        "block_size", settings["block_size"] >= 8 and settings["block_size"] % 8 == 0, "a multiple of 8, at least 8"
-    )
-    require("quantile", 0 <= settings["quantile"] < 1, "a number in [0, 1)")
-    require("reference_bits", settings["reference_bits"] in (None, *range(2, 9)), "2 to 8, or None for no adjustment")
-    require("scale_dtype", settings["scale_dtype"] in _SCALE_DTYPES, f"one of {', '.join(_SCALE_DTYPES)}")
-    require("min_numel", settings["min_numel"] >= 0, "an integer >= 0")
+    return tensors, group.get("param_names"), group["overrides"], [group[key] for key in OVERRIDABLE]

@@ -15,7 +15,6 @@ The AdamW step itself is that of :mod:`lowbit_lightning.kernels.solo` at 32 bits
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -25,11 +24,14 @@ from torch.optim.optimizer import ParamsT
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.kernels.solo import Part, SoloHyperparameters, SoloTensor, solo_step
+from lowbit_lightning.kernels.solo import solo_step
+from lowbit_lightning.kernels.solo_tensor import Part, SoloHyperparameters, SoloTensor
 from lowbit_lightning.kernels.stable_spam import ada_clip, ada_gn
-from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State
+from lowbit_lightning.optim.base import LowBitOptimizer, ParamGroup, State, device_skips
 from lowbit_lightning.optim.gradient_batch import GradientBatch
-from lowbit_lightning.optim.sharding import cut_dimensions, local, part, placed_like, zeros_beside
+from lowbit_lightning.optim.matrix_layout import matrix_layout
+from lowbit_lightning.optim.sharding import local, part, placed_like, zeros_beside
+from lowbit_lightning.optim.solo_settings import adamw_hyperparameters
 
 _stream_id = cache(stream_id)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -182,13 +184,6 @@ class StableSPAM(LowBitOptimizer):
                 self._step_group(group, params, names)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state; counts that live on a device become integers."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            group["nonfinite_skips"] = int(group["nonfinite_skips"])
-        return saved
-
     def _step_group(self, group: ParamGroup, params: list[Tensor], names: dict[Tensor, str]) -> None:
         for param in params:
             state = self.state[param]
@@ -225,26 +220,14 @@ class StableSPAM(LowBitOptimizer):
         after = torch.stack([count, clip_average, mean, mean_square], dim=1)
         torch._foreach_copy_(statistics, torch.where(batch.usable[:, None], after, before).unbind(0))
 
-        hyper = SoloHyperparameters(
-            lr=float(group["lr"]),
-            beta1=float(group["betas"][0]) * scale,
-            beta2=float(group["betas"][1]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            bits=(32, 32),
-            block_size=128,
-            quantile=0.0,
-            bf16_stochastic_rounding=group["bf16_stochastic_rounding"],
-            maximize=group["maximize"],
-            seed=group["seed"],
-        )
+        hyper = adamw_hyperparameters(group, beta1=float(group["betas"][0]) * scale)
         copies = batch.copies(self._memory(batch.numel, batch.grads[0].device))
         tensors = [
             self._tensor(param, name, grad, hyper, usable)
             for param, name, grad, usable in zip(params, names, copies, batch.usable, strict=True)
         ]
         for tensor, param in zip(tensors, params, strict=True):
-            tensor.skips = _device_skips(group, param)
+            tensor.skips = device_skips(group, param)
         group["nonfinite_skips"] += sum(solo_step(tensors))
 
     def _tensor(self, param: Tensor, name: str, grad: Tensor, hyper: SoloHyperparameters, usable: Tensor) -> SoloTensor:
@@ -255,10 +238,10 @@ class StableSPAM(LowBitOptimizer):
             one = torch.where(usable, 1.0, math.nan).reshape(1)
             moments = {key: torch.zeros_like(one) for key in _MOMENTS}
             return SoloTensor(torch.zeros_like(one), one, {"step": state["step"], **moments}, hyper, 1, 1)
-        place = self._place(param, name)
+        cut, rows, columns, first_row = self._layout(param, name)
         return SoloTensor(
-            local(param), grad, state, hyper, place.rows, grad.numel() // place.rows,
-            weight_stream=_stream_id(name, "weight"), first_row=place.first_row, cut=place.cut,
+            local(param), grad, state, hyper, rows, columns,
+            weight_stream=_stream_id(name, "weight"), first_row=first_row, cut=cut,
         )  # fmt: skip
 
     def _memory(self, numel: int, device: torch.device) -> Tensor:
@@ -273,31 +256,15 @@ class StableSPAM(LowBitOptimizer):
             kept[device] = memory
         return memory
 
-    def _place(self, param: Tensor, name: str) -> "_Place":
-        """Return where this process's part of a parameter is; made once, but no state: copies make their own."""
-        places: dict[Tensor, _Place] = self.__dict__.setdefault("_places", {})
-        if param not in places:
-            places[param] = _place_of(param, name)
-        return places[param]
+    def _layout(self, param: Tensor, name: str) -> tuple[Part | None, int, int, int]:
+        """Return :func:`.matrix_layout.matrix_layout` of a parameter; made once, but no state: copies make their own.
 
-
-@dataclass(frozen=True)
-class _Place:
-    """A part of a parameter as a matrix: its rows, the first one's number in the whole, and how rows are cut."""
-
-    rows: int
-    first_row: int
-    cut: Part | None
-
-
-def _place_of(param: Tensor, name: str) -> _Place:
-    """Return it with the rows that SoloAdamW would see, so that bf16 weights get the noise they would get there."""
-    slices, shape = part(param, name), tuple(param.shape)
-    if param.ndim < 2:
-        # A vector is one row.
-        whole = not slices or slices[0] == slice(0, *shape)
-        return _Place(1, 0, None if whole else Part((1, *shape), (slice(0, 1), *slices)))
-    return _Place(len(local(param)), slices[0].start, Part(shape, slices) if cut_dimensions(param) else None)
+        The rows are those that SoloAdamW would see, so bf16 weights get the noise that they would get there.
+        """
+        layouts: dict[Tensor, tuple[Part | None, int, int, int]] = self.__dict__.setdefault("_layouts", {})
+        if param not in layouts:
+            layouts[param] = matrix_layout(param, name)
+        return layouts[param]
 
 
 def schedule(step: int, schedule_steps: int | None, eta_min: float, stays: bool) -> float:
@@ -345,16 +312,6 @@ def _batches(params: list[Tensor]) -> Iterator[list[Tensor]]:
             batch.append(param)
             elements += param.numel()
         yield batch
-
-
-def _device_skips(group: ParamGroup, param: Tensor) -> Tensor | None:
-    """Return the group's count of skipped steps as the device counter that the kernel adds to, None for the CPU."""
-    if not param.is_cuda:
-        return None
-    if not isinstance(group["nonfinite_skips"], Tensor):
-        group["nonfinite_skips"] = torch.tensor(group["nonfinite_skips"], device=param.device)
-    counter: Tensor = group["nonfinite_skips"]
-    return counter if counter.device == param.device else None
 
 
 def _check_settings(settings: ParamGroup) -> None:

@@ -21,9 +21,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowbit_lightning.callbacks.dynamic_stashing import DynamicStashing
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.four_bit_formats import FormatName
-from lowbit_lightning.optim.fzoo import ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
 from lowbit_lightning.precision.layers import FourBitLayer, LastInput, is_plain_linear, layers_to_quantize
 from lowbit_lightning.precision.recipe import Recipe
 
@@ -181,6 +182,10 @@ class FourBitPrecision(Precision):
             raise InvalidArgumentError(
                 "strategy DeepSpeedStrategy decides on the precision itself: use FourBitPrecision with DDP or "
                 "ModelParallelStrategy (FSDP2)"
+            )
+        if any(isinstance(one, DynamicStashing) for one in getattr(trainer, "callbacks", [])):
+            raise InvalidArgumentError(
+                "FourBitPrecision and DynamicStashing both decide what linear layers keep for backward: remove one"
             )
         if self._half is not None:
             module = self._half.convert_module(module)

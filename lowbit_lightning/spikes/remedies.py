@@ -1,8 +1,17 @@
 """The remedies that need no snapshot: what the rungs of the ladder below ``rollback`` do to a run.
 
-Precision as a remedy is open to everybody: whoever computes in few bits and can go a level up offers
-``raise_precision() -> bool`` (whether it went up) and, if that is not for good, ``restore_precision()``. Callbacks, the
-strategy and the precision plugin are asked.
+Precision as a remedy is open to everybody: a callback, the strategy or the precision plugin that computes in few bits
+offers two methods, both called on every rank at the same step.
+
+``raise_precision() -> bool``
+    Go one level up, from the next batch on; say whether there was a level to go to. Nobody going up means that the
+    ladder goes on to its next rung. Called again while the trouble lasts, if the ladder comes by again.
+``restore_precision() -> None``
+    Come back down; called once a healthy stretch is over. Who rises for good does without this method.
+
+The level belongs into the state of who offers it. A rollback brings back the level of the snapshot, as it does with the
+learning rate, from a precision plugin's ``state_dict`` always and from a callback's if that says
+``restore_on_rollback = True``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
 from lowbit_lightning.spikes.signals import UpdateSample, as_integers, gather_rows, global_norm, pack, sample_ids
 
 SAMPLE_EVERY = 10  # optimizer steps between two looks at weights and updates, which the step itself does not touch
@@ -150,6 +151,10 @@ class StepMeter:
     def _gradient_cells(
         self, optimizer: Optimizer, params: list[Tensor], copies: int, device: torch.device
     ) -> dict[str, Tensor | float]:
+        if isinstance(optimizer, ForwardOnlyOptimizer):
+            # An estimate from few losses, too noisy to be judged, but not finite if one of them is not.
+            bad = float(optimizer.is_ready and not math.isfinite(optimizer.gradient_norm()))
+            return {"grad_norm": 0.0, "has_gradient": 0.0, "bad_gradients": bad}
         found = global_norm((param.grad for param in params), copies, device)
         if found is None:
             return {"grad_norm": 0.0, "has_gradient": 0.0, "bad_gradients": 0.0}

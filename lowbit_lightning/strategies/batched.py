@@ -20,9 +20,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lowbit_lightning.kernels.rademacher import matrix_shape, perturbed_copy
+from lowbit_lightning.kernels.rademacher import Copy, matrix_shape, perturbed_copies
 from lowbit_lightning.optim.base import ParamGroup
-from lowbit_lightning.optim.fzoo import Evaluation, ForwardOnlyOptimizer, scalar_loss
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer, scalar_loss
 from lowbit_lightning.strategies.rank1_functions import Rank1, Rank1Functions
 
 # Rows of a pass up to which one pass for all perturbations is faster: CPU, Llama of 20M parameters, N = 8.
@@ -49,17 +49,19 @@ class BatchedPasses:
 
     def describe(self) -> str:
         """Return how the passes are made, for the table at the start of a run."""
-        if self._optimizer.param_groups[0]["perturbation"] != "rank1" or self._execution == "sequential":
+        if self._optimizer.perturbation != "rank1" or self._optimizer.execution == "sequential":
             return "one after another"
-        return "all in one where possible" + (f", up to {_FEW_ROWS} tokens" if self._execution == "auto" else "")
+        return "all in one where possible" + (
+            f", up to {_FEW_ROWS} tokens" if self._optimizer.execution == "auto" else ""
+        )
 
     def are_wanted(self, evaluations: Sequence[Evaluation], batch: Any) -> bool:
         """Return whether to make these evaluations of a batch, a collection of tensors, at once."""
-        is_rank1 = self._optimizer.param_groups[0]["perturbation"] == "rank1"
-        if not (is_rank1 and self._is_possible) or self._execution == "sequential" or len(evaluations) < 2:
+        is_rank1 = self._optimizer.perturbation == "rank1"
+        if not (is_rank1 and self._is_possible) or self._optimizer.execution == "sequential" or len(evaluations) < 2:
             return False
         rows = _rows(batch)
-        if self._execution == "auto" and rows > _FEW_ROWS:
+        if self._optimizer.execution == "auto" and rows > _FEW_ROWS:
             self._say(f"one after another: a batch has {rows} tokens, and up to {_FEW_ROWS} it is faster in one")
             return False
         return True
@@ -115,42 +117,51 @@ class BatchedPasses:
             self._coarsest = functions.coarsest
             return loss
 
-        varying = {id(entry[2]): self._varying(*entry, evaluations) for entry in entries}
+        varying: dict[int, tuple[Tensor, ...]] = {}
+        copies: list[Copy] = []
+        for entry in entries:
+            varying[id(entry[2])] = self._varying(*entry, evaluations, copies)
+        with torch.no_grad():
+            perturbed_copies(copies)
         return torch.vmap(one_pass, randomness="same")(varying)
 
-    @torch.no_grad()
     def _varying(
-        self, group: ParamGroup, name: str, param: Tensor, evaluations: Sequence[Evaluation]
+        self, group: ParamGroup, name: str, param: Tensor, evaluations: Sequence[Evaluation], copies: list[Copy]
     ) -> tuple[Tensor, ...]:
-        """Return what differs from pass to pass, first dimension N: signs r and s of a matrix, a vector's copies."""
+        """Return room for what differs from pass to pass, first dimension N, and add to ``copies`` what goes there.
+
+        A matrix's are its signs r and s, a vector's are its perturbed copies.
+        """
+        noise = self._optimizer.noise(group, name, param)
         if param.ndim < 2:
-            copies = param.new_empty(len(evaluations), *param.shape)
-            for evaluation, copy in zip(evaluations, copies, strict=True):
-                self._optimizer.perturb(group, name, param, evaluation, copy)
-            return (copies,)
+            room = param.new_empty(len(evaluations), *param.shape)
+            copies += (
+                Copy(param, evaluation.sign * group["eps"], noise, evaluation.index, out)
+                for evaluation, out in zip(evaluations, room.unbind(), strict=True)
+            )
+            return (room,)
         rows, columns = matrix_shape(param)
+        # Signs are what a perturbation makes of zeros: fast where the kernel is.
         zeros = torch.zeros(columns + rows, device=param.device)
-        signs = zeros.new_empty(len(evaluations), columns + rows)
-        noise = replace(self._optimizer.noise(group, name, param), rank1=False)
-        for evaluation, sign in zip(evaluations, signs, strict=True):
-            perturbed_copy(zeros, evaluation.sign, noise, evaluation.index, sign)  # fast where the kernel is
+        signs, noise = zeros.new_empty(len(evaluations), columns + rows), replace(noise, rank1=False)
+        copies += (
+            Copy(zeros, evaluation.sign, noise, evaluation.index, out)
+            for evaluation, out in zip(evaluations, signs.unbind(), strict=True)
+        )
         return signs[:, columns:], signs[:, :columns]
 
-    @property
-    def _execution(self) -> str:
-        return str(self._optimizer.param_groups[0]["execution"])
-
     def _say(self, choice: str) -> None:
-        if self._execution == "auto" and not self._has_said:
+        if self._optimizer.execution == "auto" and not self._has_said:
             self._has_said = True
             rank_zero_info(f"{type(self._optimizer).__name__}: execution=auto makes the perturbed passes {choice}.")
 
     def _give_up(self, reason: str) -> None:
         self._is_possible, self._has_said = False, True
-        say = rank_zero_info if self._execution == "auto" else rank_zero_warn
+        execution = self._optimizer.execution
+        say = rank_zero_info if execution == "auto" else rank_zero_warn
         say(
-            f"{type(self._optimizer).__name__}: execution={self._execution} makes the perturbed passes one after "
-            f"another, because {reason}"
+            f"{type(self._optimizer).__name__}: execution={execution} makes the perturbed passes one after another, "
+            f"because {reason}"
         )
 
 

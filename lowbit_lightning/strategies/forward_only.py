@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim.fzoo import Evaluation, ForwardOnlyOptimizer, scalar_loss
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer, scalar_loss
 from lowbit_lightning.strategies.batched import BatchedPasses
 from lowbit_lightning.strategies.just_in_time import JustInTime
 from lowbit_lightning.strategies.replay import Batch, ModuleState, silent

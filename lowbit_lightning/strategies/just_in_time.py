@@ -2,7 +2,8 @@
 
 Adding ε u and subtracting it again drifts in every dtype. Here each module's own parameters are pointed at a scratch
 buffer that holds W + ε u while its forward runs, and back at W after it: the extra memory is that of the largest
-module's own parameters, not of the model. A plain embedding needs no buffer: only the rows it looks up are perturbed.
+module's own parameters, not of the model, and where they are large it is there for that forward only. A plain embedding
+needs no buffer: only the rows it looks up are perturbed.
 
 A parameter that is used outside its own module's forward (a tied head through ``F.linear``, a module that reads its
 child's weight) would be missed. A pass with ``watch=True`` looks at every torch function that is called with a
@@ -20,12 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit_lightning.kernels.rademacher import perturbed_rows
 from lowbit_lightning.optim.base import ParamGroup
-from lowbit_lightning.optim.fzoo import Evaluation, ForwardOnlyOptimizer
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer
 
 Result = TypeVar("Result")
 Entry = tuple[ParamGroup, str, Tensor]
 
 _ALIGNMENT = 64  # bytes; a vector register's, so that kernels on scratch are as fast as on weights
+# Share of the trainable weights above which a parameter gets memory for its forward only. There are few such: the head
+# of a language model, say, after which logits and loss make the peak of memory, and scratch would lie idle beside them.
+_LARGE = 1 / 16
 
 
 class JustInTime:
@@ -110,6 +114,7 @@ class _Plan:
             if own:
                 self.owners[owner] = own
         self.inside = {id(param) for own in self.owners.values() for param in own} - outside
+        self._large = _LARGE * sum(param.nbytes for _, _, param in entries)
         capacity: dict[torch.device, int] = {}
         for device in {param.device for _, _, param in entries}:
             capacity[device] = self._deepest(module, device, dict.fromkeys(self.looking_up(), 0))
@@ -136,7 +141,8 @@ class _Plan:
     def _deepest(self, module: nn.Module, device: torch.device, known: dict[nn.Module, int]) -> int:
         """Return the most bytes of scratch that nested forwards of a module and its children hold at a time."""
         if module not in known:
-            own = sum(_padded_bytes(param) for param in self.buffered(module) if param.device == device)
+            kept = (p for p in self.buffered(module) if p.device == device and p.nbytes <= self._large)
+            own = sum(map(_padded_bytes, kept))
             children = [self._deepest(child, device, known) for child in module.children()]
             known[module] = own + max(children, default=0)
         return known[module]
@@ -222,12 +228,13 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._pass.in_hook and _holds_tensor(result):  # questions about shape or dtype are no use of weights
-            for value in _leaves((*args, *(kwargs or {}).values())):
-                if id(value) in self._plan.entries:
-                    self._seen.add(id(value))
-                    if not self._pass.depth.get(id(value)):
-                        self.outside.add(id(value))
+        if not self._pass.in_hook:
+            found = [
+                id(value) for value in _leaves((*args, *(kwargs or {}).values())) if id(value) in self._plan.entries
+            ]
+            if found and _holds_tensor(result):  # questions about shape or dtype are no use of weights
+                self._seen.update(found)
+                self.outside.update(key for key in found if not self._pass.depth.get(key))
         return result
 
     def used(self) -> list[Tensor]:
@@ -255,7 +262,8 @@ class _Scratch:
         """Return a tensor of the parameter's shape, dtype and strides, and what to hand to ``release``."""
         mark = self._top[param.device]
         buffer, end = self._buffers[param.device], mark + _padded_bytes(param)
-        if end > buffer.numel() or not param.is_contiguous():  # forwards that nest otherwise than their modules do
+        # Large ones have no place, nor what is held by forwards that nest otherwise than their modules do.
+        if end > buffer.numel() or not param.is_contiguous():
             return torch.empty_like(param), mark
         self._top[param.device] = end
         return buffer[mark : mark + param.numel() * param.element_size()].view(param.dtype).view(param.shape), mark

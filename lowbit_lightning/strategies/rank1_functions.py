@@ -10,7 +10,7 @@ Runs inside ``torch.vmap`` over the perturbations. Scaled dot-product attention 
 looped over; it is spelled out here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,10 +86,10 @@ class Rank1Functions(TorchFunctionMode):
         self.coarsest = torch.float32
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self._replace(args), self._replace(kwargs or {})
+        args, kwargs = self._replace(args), self._replace(kwargs) if kwargs else {}
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        found = [self._matrices[id(leaf)] for leaf in _leaves((args, kwargs)) if id(leaf) in self._matrices]
+        found = self._find(args, []) if not kwargs else self._find(kwargs.values(), self._find(args, []))
         if not found:
             return func(*args, **kwargs)
         rule = _RULES.get(func)
@@ -111,10 +111,21 @@ class Rank1Functions(TorchFunctionMode):
             self._replaced[id(matrix.weight)] = matrix.copy()
         return func(*self._replace(args), **self._replace(kwargs))
 
+    # These two look at every argument of every function, hundreds of times a pass.
+
+    def _find(self, values: Iterable[Any], found: list[Rank1]) -> list[Rank1]:
+        for value in values:
+            if isinstance(value, tuple | list | dict):
+                self._find(value.values() if isinstance(value, dict) else value, found)
+            elif (matrix := self._matrices.get(id(value))) is not None:
+                found.append(matrix)
+        return found
+
     def _replace(self, value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)([self._replace(item) for item in value])
-        if type(value) is dict:
+        kind = type(value)
+        if kind is tuple or kind is list:
+            return kind([self._replace(item) for item in value])
+        if kind is dict:
             return {key: self._replace(item) for key, item in value.items()}
         return self._replaced.get(id(value), value)
 

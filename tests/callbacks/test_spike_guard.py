@@ -26,7 +26,7 @@ from callbacks.guarded_run import (
 )
 from contract.small_run import differences
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from two_processes import launch
 
 import lowbit_lightning.__main__ as command
@@ -153,6 +153,47 @@ def test_raised_precision_returns_after_a_healthy_stretch() -> None:
     fit(monitor(), guard("raise_precision"), BadBatches(12), precise)
     assert precise.calls == ["raise", "restore"]
     assert entries()[0]["detail"] == "one level up: Precise"
+
+
+class PrecisePlugin(Precision):
+    """The same as a precision plugin, whose level is in its state."""
+
+    def __init__(self) -> None:
+        self.level = 0
+        self.levels: list[int] = []
+
+    def raise_precision(self) -> bool:
+        self.level += 1
+        return True
+
+    def restore_precision(self) -> None:
+        self.level = 0
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.levels.append(self.level)
+        return super().optimizer_step(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.level = state_dict["level"]
+
+
+def test_precision_plugin_is_raised_and_restored_too() -> None:
+    plugin = PrecisePlugin()
+    trainer = fit(monitor(), guard("raise_precision"), BadBatches(12), plugins=[plugin])
+    assert entries()[0]["detail"] == "one level up: PrecisePlugin"
+    stretch = plugin.levels.count(1)
+    assert plugin.levels == [0] * 13 + [1] * stretch + [0] * (trainer.global_step - 13 - stretch)
+    assert 0 < stretch < trainer.global_step - 13
+
+
+def test_rollback_brings_back_the_precision_of_the_snapshot() -> None:
+    plugin = PrecisePlugin()
+    fit(monitor(), guard("raise_precision", "rollback", data="replay"), BadBatches(12, 13), plugins=[plugin])
+    assert decisions()[:2] == [(12, "raise_precision"), (13, "rollback")]
+    assert plugin.levels[12:15] == [0, 1, 0]
 
 
 def test_rung_that_is_not_possible_is_passed_over() -> None:

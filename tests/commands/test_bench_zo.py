@@ -13,7 +13,15 @@ from lowbit_lightning.commands import bench_zo, bench_zo_memory, bench_zo_report
 from lowbit_lightning.commands.bench_guard import GuardWorkload
 
 SMALL = ["--tokens", "8", "32", "--perturbations", "8", "1", "--elements", "2000", "--repeats", "2", "--threads", "1"]
-MEMORY = {"weights": 100, "largest": 10, "tokens": 256, "perturbations": 8, "inference": 50, "sequential": 64}
+MEMORY = {
+    "weights": 100,
+    "largest": 10,
+    "tokens": 256,
+    "perturbations": 8,
+    "forward": 48,
+    "inference": 50,
+    "sequential": 64,
+}
 
 
 @pytest.fixture
@@ -39,6 +47,7 @@ def test_everything_is_measured_and_shown(report: tuple[dict[str, Any], str]) ->
     assert all(row["forwards_per_step"] > 0 for row in rows)
     assert all(row["times_faster"] > 0 for row in found["signs"]["rows"] if "signs" in row["name"])
     assert "not measured" in text  # no run of 256 tokens
+    assert "these are the processor's seconds, on one thread" in text
     assert "peak of sequential steps" in text
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,9 +7,12 @@ import pytest
 
 from lowbit_lightning.__main__ import main
 from lowbit_lightning.commands import digest
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, micro_adam_step_reference
+from lowbit_lightning.kernels.block_float import BoxFormat, pack_reference, quantize_reference, unpack_reference
+from lowbit_lightning.kernels.micro_adam import micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor
 from lowbit_lightning.kernels.rademacher_cpu import Pass
-from lowbit_lightning.kernels.solo import SoloTensor, solo_step_reference
+from lowbit_lightning.kernels.solo import solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloTensor
 
 
 def test_this_machine_computes_the_committed_bits(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -39,8 +42,20 @@ def test_one_wrong_bit_is_found_and_its_tensor_named(monkeypatch: pytest.MonkeyP
         if one.noise.step == digest.STEPS - 1 and one.noise.rank1 and one.source is not one.out:
             one.out[3, 5] *= -1
 
+    def faulty_block_float(
+        format: BoxFormat, shape: Any, noise: Any, *, x: Any = None, out: Any = None, packed: Any = None
+    ) -> None:
+        if x is None:
+            out.copy_(unpack_reference(packed, format, out.shape, out.dtype))
+        elif packed is None:
+            out.copy_(quantize_reference(x, format, noise, 0))
+        else:
+            for mine, own in zip(packed, pack_reference(x, format, noise), strict=True):
+                mine.copy_(own)
+            packed.scales[3, 1] += format.kind == "affine"
+
     def paths() -> Iterator[digest.ComputePath]:
-        yield digest.ComputePath("faulty", "cpu", faulty, faulty_micro_adam, faulty_rademacher)
+        yield digest.ComputePath("faulty", "cpu", faulty, faulty_micro_adam, faulty_rademacher, faulty_block_float)
 
     monkeypatch.setattr(digest, "paths", paths)
     monkeypatch.setattr(digest, "SOLO_BITS", ((4, 2),))
@@ -49,3 +64,4 @@ def test_one_wrong_bit_is_found_and_its_tensor_named(monkeypatch: pytest.MonkeyP
     assert "first in matrix.exp_avg_sq_codes" in text
     assert "first in matrix.values" in text
     assert text.count("first in perturbed") == 2, "rank-1 signs, fp32 and bf16"
+    assert text.count("first in scales") == 4, "affine, of two widths, fp32 and bf16"

@@ -135,9 +135,30 @@ TECHNIQUES = (
                 }
             ]
         },
-        excludes=("fzoo",),  # whose perturbations a 4-bit grid rounds away
+        # A 4-bit grid rounds away the perturbations of the former; the others decide themselves what layers keep.
+        excludes=("fzoo", "dynamic_stashing", "dsq"),
         rejects={"precision": "beside FourBitPrecision: set it to null, and compute="},
         survives_nonfinite=False,
+    ),
+    Technique(
+        "dynamic_stashing",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.DynamicStashing",
+                "init_args": {"stash_only": 4},
+            },
+        ),
+        excludes=("fzoo",),  # which has no backward pass
+    ),
+    Technique(
+        "dsq",
+        callbacks=(
+            {
+                "class_path": "lowbit_lightning.callbacks.DynamicStashing",
+                "init_args": {"levels": [[4, 4, 4, 16], [16, 4, 4, 16]], "max_gradient_error": 0.15},
+            },
+        ),
+        excludes=("fzoo", "dynamic_stashing"),  # the former has no backward pass, the latter is the same callback
     ),
     Technique(
         "spike_monitor",

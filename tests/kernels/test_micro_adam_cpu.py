@@ -11,13 +11,8 @@ from torch import Tensor
 
 from lowbit_lightning.kernels import micro_adam_cpu
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
-from lowbit_lightning.kernels.micro_adam import (
-    MicroAdamHyperparameters,
-    MicroAdamTensor,
-    micro_adam_step,
-    micro_adam_step_reference,
-    new_state,
-)
+from lowbit_lightning.kernels.micro_adam import micro_adam_step, micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamHyperparameters, MicroAdamTensor, new_state
 
 CPU = torch.device("cpu")
 

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit_lightning.kernels import micro_adam_triton
-from lowbit_lightning.kernels.micro_adam import (
-    MicroAdamHyperparameters,
-    MicroAdamTensor,
-    micro_adam_step,
-    micro_adam_step_reference,
-    new_state,
-)
+from lowbit_lightning.kernels.micro_adam import micro_adam_step, micro_adam_step_reference
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamHyperparameters, MicroAdamTensor, new_state
 from lowbit_lightning.kernels.micro_adam_triton import step_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,15 +14,8 @@ from torch import Tensor
 from lowbit_lightning.kernels import solo_cpu
 from lowbit_lightning.kernels.dynamic import dynamic_map, dynamic_midpoints, encode_dynamic
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
-from lowbit_lightning.kernels.solo import (
-    SoloHyperparameters,
-    SoloTensor,
-    dequantize_moments,
-    quantize_moments,
-    row_bytes,
-    solo_step,
-    solo_step_reference,
-)
+from lowbit_lightning.kernels.solo import dequantize_moments, quantize_moments, solo_step, solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloHyperparameters, SoloTensor, row_bytes
 
 BITS = (2, 3, 4, 8, 32)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from lowbit_lightning.kernels import solo_triton
 from lowbit_lightning.kernels.dynamic import encode_dynamic
 from lowbit_lightning.kernels.elementary import LARGEST_SQUARABLE
-from lowbit_lightning.kernels.solo import SoloHyperparameters, SoloTensor, row_bytes, solo_step, solo_step_reference
+from lowbit_lightning.kernels.solo import solo_step, solo_step_reference
+from lowbit_lightning.kernels.solo_tensor import SoloHyperparameters, SoloTensor, row_bytes
 from lowbit_lightning.kernels.solo_triton import step_triton
 
 KERNELS = "lowbit_lightning.kernels.solo_triton_kernels"

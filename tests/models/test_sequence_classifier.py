@@ -117,6 +117,22 @@ def test_the_scale_of_the_features_does_not_matter_to_the_probabilities() -> Non
     assert torch.allclose(*logits, rtol=1e-3, atol=1e-3)
 
 
+def test_few_examples_in_many_dimensions_start_from_calibrated_probabilities() -> None:
+    """Means fit the examples that they are made of perfectly there, so that no scale would be too large."""
+    directions = torch.randn(3, 200)
+    labels, unseen = torch.arange(12) % 3, torch.arange(300) % 3
+    features, others = (2 * torch.randn(len(y), 200) + directions[y] for y in (labels, unseen))
+    weight, bias = centroid_head(features, labels, 3)
+    loss = torch.nn.functional.cross_entropy(others @ weight.T + bias, unseen)
+    assert loss < 0.8
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_class_of_one_example_has_a_head_too(count: int) -> None:
+    weight, bias = centroid_head(torch.eye(3).repeat(count, 1), torch.arange(3).repeat(count), 3)
+    assert torch.equal((torch.eye(3) @ weight.T + bias).argmax(1), torch.arange(3))
+
+
 @pytest.mark.parametrize("examples", [128, 4])
 def test_a_head_from_centroids_knows_the_classes_before_training(examples: int) -> None:
     random, warm = (
@@ -177,6 +193,14 @@ def test_forward_only_training_lowers_the_loss() -> None:
     fitted = trainer(max_epochs=10, strategy=ForwardOnlyStrategy())
     fitted.fit(model, Texts())
     assert fitted.callback_metrics["val_loss"] < before - 0.05
+
+
+def test_only_what_is_named_is_trained() -> None:
+    model = TrainedForwardOnly(config=BERT, trainable=["head.*", "*.LayerNorm.bias"])
+    trainer(max_steps=1, strategy=ForwardOnlyStrategy()).fit(model, Texts())
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert {"head.weight", "head.bias", "model.embeddings.LayerNorm.bias"} < trained
+    assert all(name.startswith("head.") or name.endswith("LayerNorm.bias") for name in trained)
 
 
 def test_a_step_repeated_under_the_same_generators_is_the_same() -> None:
@@ -257,6 +281,7 @@ def test_every_trainable_parameter_takes_part_in_the_loss() -> None:
         ({"config": BERT, "num_labels": 1}, "num_labels=1 must"),
         ({"config": BERT, "centroid_examples": 0}, "centroid_examples=0 must"),
         ({"config": LLAMA, "head": "centroids", "label_words": WORDS}, "there is no head"),
+        ({"config": BERT, "lora": {"r": 4}, "trainable": ["head.*"]}, "trainable=.* with lora"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -279,6 +304,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         ({"config": BERT}, {"vocab_size": 41}, "vocab_size=41 of the data is beyond the model's 40"),
         ({"config": {**BERT, "max_position_embeddings": 16}}, {"max_length": 17}, "max_length=17 .* beyond .* 16"),
         ({"config": BERT, "head": "centroids"}, {"num_labels": 4}, "no training example of"),
+        ({"config": BERT, "trainable": ["heed.*"]}, {}, "no parameter's name matches 'heed"),
         ({"config": LLAMA, "label_words": WORDS}, {"tokens_of": None}, "tokens_of"),
         ({"config": LLAMA, "label_words": {"even": "A"}}, {}, "one word for each label"),
         ({"config": LLAMA, "label_words": {**WORDS, "odd": "BB"}}, {}, "'BB' for 'odd' is 2 tokens"),

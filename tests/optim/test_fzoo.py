@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy, gelu, linear
 
 from lowbit_lightning.errors import CheckpointError, InvalidArgumentError
 from lowbit_lightning.kernels.rademacher import sign_tensor
-from lowbit_lightning.optim import state_bytes
-from lowbit_lightning.optim.fzoo import FZOO, Evaluation, ForwardOnlyOptimizer, MeZO, normalized_coefficients
+from lowbit_lightning.optim import FZOO, MeZO, state_bytes
+from lowbit_lightning.optim.forward_only import Evaluation, ForwardOnlyOptimizer
+from lowbit_lightning.optim.fzoo import normalized_coefficients
 
 INPUTS = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 TARGETS = (INPUTS @ torch.randn(8, 4, generator=torch.Generator().manual_seed(2))).argmax(1)
@@ -138,7 +139,8 @@ def test_a_single_perturbation_steps_by_the_sign_of_its_slope() -> None:
 
 
 @pytest.mark.parametrize(
-    "losses", [[2.0, 2.0, 2.0], [2.0, 2.0 + 2**-23, 2.0], [math.inf, 1.0, 2.0], [1.0, math.nan, 2.0]]
+    "losses",
+    [[2.0, 2.0, 2.0], [2.0, 2.0 + 2**-23, 2.0], [math.inf, 1.0, 2.0], [1.0, math.nan, 2.0], [-math.inf, math.inf, 2.0]],
 )
 def test_losses_that_do_not_differ_or_are_not_finite_give_no_step(losses: list[float]) -> None:
     assert normalized_coefficients(losses[0], losses[1:] + losses[:1])[0] == [0.0] * 3

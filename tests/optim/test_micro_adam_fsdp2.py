@@ -30,10 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
 from two_processes import launch
 
 from lowbit_lightning.errors import CheckpointError
-from lowbit_lightning.kernels.micro_adam import MicroAdamTensor, dequantize_error, micro_adam_step, new_state
+from lowbit_lightning.kernels.micro_adam import dequantize_error, micro_adam_step
+from lowbit_lightning.kernels.micro_adam_tensor import MicroAdamTensor, new_state
 from lowbit_lightning.kernels.philox import stream_id
 from lowbit_lightning.optim import MicroAdam, state_bytes
-from lowbit_lightning.optim.micro_adam import _hyperparameters
+from lowbit_lightning.optim.micro_adam_settings import hyperparameters
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -97,7 +98,7 @@ def test_a_shard_that_ends_within_a_block_is_like_a_parameter_of_its_own(
             param = getattr(weights, name).detach()[part].clone()
             if not param.numel():
                 continue
-            hyper = _hyperparameters(group)
+            hyper = hyperparameters(group)
             streams = stream_id(name, "error"), stream_id(name, "weight")
             state = new_state(param.numel(), hyper, param.device, param.device)
             shard = MicroAdamTensor(param, param, state, hyper, *streams, first_element=first * columns)

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import HalfPrecision
 
+from lowbit_lightning.callbacks import DynamicStashing
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.optim import FZOO
 from lowbit_lightning.precision import FourBitPrecision
@@ -42,6 +43,15 @@ def test_patterns_that_leave_no_layer() -> None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(InvalidArgumentError, match="no layer to quantize; the linear layers of BoringModel are layer"):
+        trainer.fit(BoringModel())
+
+
+def test_two_that_decide_what_layers_keep_are_refused() -> None:
+    trainer = Trainer(
+        accelerator="cpu", plugins=[FourBitPrecision()], callbacks=[DynamicStashing()], logger=False, max_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(InvalidArgumentError, match="FourBitPrecision and DynamicStashing both decide what"):
         trainer.fit(BoringModel())
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lowbit_lightning.callbacks import ExactResume
 from lowbit_lightning.models import CausalLM, SequenceClassifier
-from lowbit_lightning.optim.fzoo import FZOO, MeZO
+from lowbit_lightning.optim import FZOO, MeZO
 from lowbit_lightning.strategies import ForwardOnlyStrategy
 from lowbit_lightning.strategies.batched import BatchedPasses
 

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lowbit_lightning.callbacks import ExactResume
 from lowbit_lightning.errors import InvalidArgumentError
-from lowbit_lightning.optim.fzoo import FZOO, MeZO
+from lowbit_lightning.optim import FZOO, MeZO
 from lowbit_lightning.strategies import ForwardOnlyStrategy
 
 FEATURES, CLASSES, SAMPLES, BATCH = 6, 3, 48, 8

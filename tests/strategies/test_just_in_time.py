@@ -11,7 +11,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.nn.utils import parametrizations
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowbit_lightning.optim.fzoo import FZOO, Evaluation
+from lowbit_lightning.optim import FZOO
+from lowbit_lightning.optim.forward_only import Evaluation
 from lowbit_lightning.strategies.just_in_time import JustInTime
 
 AT = Evaluation(2, 1)
@@ -258,3 +259,17 @@ def test_scratch_is_the_largest_module_not_the_model() -> None:
     assert just_in_time._plan is not None
     buffers = just_in_time._plan.scratch._buffers.values()
     assert sum(buffer.numel() for buffer in buffers) == 4 * (16 * 60 + 64)  # the head's weight, its bias padded
+
+
+def test_a_large_parameter_has_memory_for_its_forward_only() -> None:
+    """After a language model's head come logits and loss, the peak of memory."""
+    module = nn.Sequential(
+        nn.Embedding(500, 16), *(nn.Linear(16, 16, bias=False) for _ in range(4)), nn.Linear(16, 500)
+    )
+    just_in_time = JustInTime(module, FZOO(module.named_parameters()))
+    with torch.no_grad():
+        moved, _ = just_in_time.run(AT, lambda: module(torch.tensor([1])))
+    assert not torch.equal(moved, module(torch.tensor([1])))
+    assert just_in_time._plan is not None
+    buffers = just_in_time._plan.scratch._buffers.values()
+    assert sum(buffer.numel() for buffer in buffers) == 4 * 512  # the head's bias, padded; its weight is not there

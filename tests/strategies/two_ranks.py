@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowbit_lightning.optim.fzoo import FZOO
+from lowbit_lightning.optim import FZOO
 from lowbit_lightning.strategies import ForwardOnlyDDPStrategy, ForwardOnlyStrategy
 
 STEPS, SAVED_AT, SAMPLES = 200, 15, 32
