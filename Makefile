@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart minilm test test-all lint types format evidence-quickstart evidence-solo evidence-spikes evidence-dsq evidence-forward-only digests clean
+.PHONY: quickstart minilm test test-all lint types format evidence-quickstart evidence-solo evidence-spikes evidence-dsq evidence-four-bit evidence-forward-only digests clean
 
 # constraints.txt says which versions we test with. On Linux the package index's torch is its CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -58,6 +58,9 @@ evidence-spikes: $(STAMP)
 
 evidence-dsq: minilm
 	$(BIN)/python examples/evidence_dsq.py
+
+evidence-four-bit: $(STAMP)
+	$(BIN)/python examples/evidence_four_bit.py
 
 evidence-forward-only: minilm
 	$(BIN)/python examples/forward_only.py

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Purpose = Literal["state", "weight", "error", "stash", "sign"]
+Purpose = Literal["state", "weight", "error", "stash", "sign", "operand"]
 
 # Multipliers and Weyl key increments of the paper.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

@@ -124,5 +124,5 @@ def build_library(folder: Path) -> Path:
         "LARGEST_BF16": torch.finfo(torch.bfloat16).max,
     }
     constants = constants_header(scalars, {"SQRT_HALF_BITS": elementary.SQRT_HALF_BITS}, arrays)
-    includes = ("checked_steps.h", "solo_formats.h", "elements.h", "workers.h")
+    includes = ("checked_steps.h", "solo_formats.h", "packing.h", "elements.h", "workers.h")
     return build("solo", includes, {"solo_constants.h": constants}, folder)

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 import lowbit_lightning.data
 import lowbit_lightning.models
 import lowbit_lightning.optim
+import lowbit_lightning.precision
 import lowbit_lightning.strategies  # noqa: F401
 from lowbit_lightning import checkpoints, late_optimizer
 from lowbit_lightning.__main__ import main
@@ -40,6 +41,7 @@ from lowbit_lightning.config_errors import ConfigParser, ConfigProblem, explain
 from lowbit_lightning.config_sources import resolve_names
 from lowbit_lightning.errors import CheckpointError, InvalidArgumentError, LowBitError
 from lowbit_lightning.optim.forward_only import ForwardOnlyOptimizer
+from lowbit_lightning.precision.four_bit import check_only_precision
 from lowbit_lightning.run_summary import summary
 from lowbit_lightning.spikes.trusted import find as find_trusted
 from lowbit_lightning.strategies.forward_only import ForwardOnlyMixin
@@ -168,6 +170,10 @@ class LowBitCLI(LightningCLI):
             if not configured["barebones"] and not any(isinstance(callback, MemoryLedger) for callback in callbacks):
                 callbacks.append(MemoryLedger())
             kwargs["callbacks"] = _without_repetition(callbacks)
+        asked = self._get(self.config_init, "trainer")
+        if isinstance(asked["plugins"], list):
+            kwargs["plugins"] = _without_repetition(asked["plugins"])
+        check_only_precision(kwargs.get("plugins", asked["plugins"]), asked["precision"])
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand in (None, "fit"):
             self._check_forward_only(trainer)
@@ -273,15 +279,15 @@ def quieten_lightning() -> None:
     )
 
 
-def _without_repetition(callbacks: list[Any]) -> list[Any]:
-    """Drop a callback of ours that a later configuration brings again: overlays append, and the later one wins."""
+def _without_repetition(parts: list[Any]) -> list[Any]:
+    """Drop callbacks and plugins of ours that a later configuration brings again: overlays append, the last wins."""
     kept: list[Any] = []
-    for position, callback in enumerate(callbacks):
-        ours = type(callback).__module__.startswith("lowbit_lightning.")
-        if ours and any(type(callback) is type(later) for later in callbacks[position + 1 :]):
-            rank_zero_info(f"{type(callback).__name__} is configured more than once: the last one is used.")
+    for position, part in enumerate(parts):
+        ours = type(part).__module__.startswith("lowbit_lightning.")
+        if ours and any(type(part) is type(later) for later in parts[position + 1 :]):
+            rank_zero_info(f"{type(part).__name__} is configured more than once: the last one is used.")
         else:
-            kept.append(callback)
+            kept.append(part)
     return kept
 
 

@@ -91,6 +91,7 @@ def test_recipe_trains_and_validates(name: str, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[-1].startswith("validation ")
 
 
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_overlay_trains_on_a_users_module(name: str) -> None:
     Path("run.yaml").write_text(yaml.safe_dump(USERS_CONFIG))

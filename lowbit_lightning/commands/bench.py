@@ -21,7 +21,7 @@ WORKLOADS = {
     "1b-mix": "the tensors of a 1B Llama, scaled down to what fits into memory",
     "tiny": "2000 tiny tensors: norms, biases, LoRA factors",
 }
-#: Of ``bench guard``; the models are in :mod:`.bench_guard`.
+#: Of ``bench guard`` and ``bench precision``; the models are in :mod:`.bench_guard`.
 GUARD_WORKLOADS = {
     "10m": "a Llama of 10M parameters",
     "100m": "a Llama of 100M parameters, minutes on a CPU",
@@ -51,6 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     known, default = {
         "optim": (WORKLOADS, DEFAULT_WORKLOADS[device]),
         "guard": (GUARD_WORKLOADS, ["10m"]),
+        "precision": (GUARD_WORKLOADS, ["10m"]),
         "zo": (ZO_WORKLOADS, ["20m"]),
         "stash": (STASH_WORKLOADS, {"cpu": ["15m"], "cuda": ["15m", "400m"]}[device]),
     }[options.what]
@@ -64,10 +65,11 @@ def run(arguments: Sequence[str]) -> int:
             raise InvalidArgumentError(f"bench: --{name} {str(path)!r}: the folder does not exist; create it first")
     if getattr(options, "plot", None) is not None and importlib.util.find_spec("matplotlib") is None:
         raise InvalidArgumentError("bench: --plot needs matplotlib: pip install matplotlib")
-    if options.what == "guard":
-        from lowbit_lightning.commands import bench_guard
+    if options.what in ("guard", "precision"):
+        from lowbit_lightning.commands import bench_guard, bench_precision
 
-        return bench_guard.run(
+        measure = bench_guard.run if options.what == "guard" else bench_precision.run
+        return measure(
             device=device,
             workloads=workloads,
             repeats=options.repeats,
@@ -149,7 +151,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in GUARD_WORKLOADS.items()),
         allow_abbrev=False,
     )
-    guard.add_argument("--workload", nargs="+", metavar="NAME", help=f"{', '.join(GUARD_WORKLOADS)}; by default 10m")
+    precision = verbs.add_parser(
+        "precision",
+        help="4-bit training against bf16 and fp32: time, bytes kept for backward, peak; GradientStabilizer's share",
+        description="Train a Llama on random tokens in every precision and measure steps and memory.",
+        epilog="workloads: " + "; ".join(f"{name} = {what}" for name, what in GUARD_WORKLOADS.items()),
+        allow_abbrev=False,
+    )
+    for verb in (guard, precision):
+        workloads = f"{', '.join(GUARD_WORKLOADS)}; by default 10m"
+        verb.add_argument("--workload", nargs="+", metavar="NAME", help=workloads)
     zo = verbs.add_parser(
         "zo",
         help="forward-only steps in forward passes, sign passes and memory, against the published way",
@@ -183,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "--elements", type=int, default=16_000_000, metavar="N", help="of the tensor to pack alone (16 million)"
     )
     stash.add_argument("--plot", type=Path, metavar="FILE", help="draw step time over bytes kept there (PNG)")
-    for verb in (optim, guard, zo, stash):
+    for verb in (optim, guard, precision, zo, stash):
         verb.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         verb.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds of one step each (default 10)")
         verb.add_argument("--threads", type=int, metavar="N", help="CPU threads, torch's own number by default")

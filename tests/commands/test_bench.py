@@ -126,7 +126,7 @@ def test_workload_without_memory_for_it_is_skipped_and_says_so(
 ) -> None:
     monkeypatch.setattr(bench_optim, "available_bytes", lambda device: 2**30)
     assert main(["bench", "optim", "--workload", "100m"]) == 0
-    assert "100m: skipped: needs about 5.6 GiB of free memory, there are 1.0" in capsys.readouterr().out
+    assert "100m: skipped: needs about 6.8 GiB of free memory, there are 1.0" in capsys.readouterr().out
 
 
 def test_mix_shrinks_with_memory_by_whole_layers() -> None:

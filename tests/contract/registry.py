@@ -126,6 +126,21 @@ TECHNIQUES = (
         survives_nonfinite=True,
     ),
     Technique(
+        "four_bit",
+        trainer={
+            "plugins": [
+                {
+                    "class_path": "lowbit_lightning.precision.FourBitPrecision",
+                    "init_args": {"weight": "int4", "group_size": 32, "rounding": "stochastic", "gradient": "fp4"},
+                }
+            ]
+        },
+        # A 4-bit grid rounds away the perturbations of the former; the others decide themselves what layers keep.
+        excludes=("fzoo", "dynamic_stashing", "dsq"),
+        rejects={"precision": "beside FourBitPrecision: set it to null, and compute="},
+        survives_nonfinite=False,
+    ),
+    Technique(
         "dynamic_stashing",
         callbacks=(
             {

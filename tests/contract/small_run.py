@@ -121,6 +121,7 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
             "callbacks": [callback.state_dict() for callback in self.techniques],
+            "precision": self.trainer.precision_plugin.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -133,6 +134,7 @@ class Run:
             config.scheduler.load_state_dict(saved)
         for callback, saved in zip(self.techniques, state["callbacks"], strict=True):
             callback.load_state_dict(saved)
+        self.trainer.precision_plugin.load_state_dict(state["precision"])
 
 
 def _is_one_of(callback: Callback, class_paths: set[str]) -> bool:
