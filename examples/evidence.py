@@ -106,7 +106,7 @@ STUDIES = {
             "SOLO 4/2": solo(4, 2, **FINE_TUNING),
             "MicroAdam": micro_adam(**FINE_TUNING),
         },
-        learning_rates=(5e-5, 1e-4),
+        learning_rates=(2e-4, 4e-4),
         metric="val_accuracy",
         # Shorter texts, so that a small machine does it, and a head that knows nothing: the recipe's is the result
         # without training already.
