@@ -33,10 +33,11 @@ class LanguageModelMetrics(Metric):
             tokens: number of predicted tokens, 0-d.
             num_bytes: bytes of text behind them, any shape, summed; None where the data does not know.
         """
-        self.nll += nll.double()
-        self.tokens += tokens
+        # Not in place: what `validate` leaves behind are inference tensors, which fit may read and not write to.
+        self.nll = self.nll + nll.double()
+        self.tokens = self.tokens + tokens
         if num_bytes is not None:
-            self.bytes += num_bytes.sum()
+            self.bytes = self.bytes + num_bytes.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``loss`` (nats per token), ``perplexity`` and, where bytes are known, ``bits_per_byte``; fp32, 0-d."""

@@ -85,10 +85,6 @@ class Seq2Seq(LightningModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def on_validation_start(self) -> None:
-        """Start the split's metrics anew: what `validate` left in them are inference tensors, which fit cannot use."""
-        self.val_metrics.reset()
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to the split's metrics."""
         self.val_metrics.update(*self._nll(batch), batch.get("num_bytes"))

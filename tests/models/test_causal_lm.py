@@ -85,6 +85,13 @@ def test_fit_logs_loss_and_throughput(trainer: Trainer, model: TrainableLM) -> N
     assert model.model.training
 
 
+def test_fit_after_validate_counts_its_own_validation_only(trainer: Trainer, model: TrainableLM) -> None:
+    trainer.validate(model, Tokens(), verbose=False)
+    trainer.fit(model, Tokens())
+    at_the_end = trainer.callback_metrics["val_loss"].item()
+    assert trainer.validate(model, Tokens(), verbose=False)[0]["val_loss"] == pytest.approx(at_the_end, rel=1e-6)
+
+
 def test_throughput_counts_every_batch_of_an_accumulation_window(tmp_path: Any, model: TrainableLM) -> None:
     counted: list[int] = []
 
