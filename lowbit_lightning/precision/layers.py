@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lowbit_lightning.errors import InvalidArgumentError
+from lowbit_lightning.optim.sharding import is_dtensor
 from lowbit_lightning.precision.straight_through import (
     Quantization,
     QuantizedInput,
@@ -16,6 +18,7 @@ from lowbit_lightning.precision.straight_through import (
     quantize_weight,
     straight_through_linear,
 )
+from lowbit_lightning.stash.forwards import is_conv1d
 
 if TYPE_CHECKING:
     from lowbit_lightning.precision.four_bit import FourBitPrecision
@@ -52,12 +55,6 @@ def is_plain_linear(module: nn.Module) -> bool:
         and weight.is_floating_point()
         and weight.numel() > 0
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether this is GPT-2's kind of linear layer, whose weight is (in, out)."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -122,6 +119,11 @@ class FourBitLayer:
             result: Tensor = type(module).forward(module, x)
             return result
         weight, bias, how = module.weight, module.bias, self.how
+        if is_dtensor(weight):  # FSDP2 has gathered its own by now
+            raise InvalidArgumentError(
+                f"layer {self.name} is divided by tensor parallelism, and a group of 4-bit elements would be divided "
+                f"with it: add {self.name!r} to FourBitPrecision's exclude, or shard by fully_shard alone"
+            )
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         step = plugin.noise_step
@@ -134,5 +136,4 @@ class FourBitLayer:
         if torch.is_grad_enabled():
             return straight_through_linear(x, weight, bias, made, how, step)
         w = quantize_weight(weight, how, dtype, step)
-        y = torch.nn.functional.linear(made.values, w, None if bias is None else bias.to(dtype))
-        return y.view(*x.shape[:-1], w.shape[0])
+        return torch.nn.functional.linear(made.values.view(x.shape), w, None if bias is None else bias.to(dtype))

@@ -8,8 +8,8 @@ from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.kernels.four_bit_formats import FORMATS, Scheme
 from lowbit_lightning.kernels.four_bit_ops import Operand
 from lowbit_lightning.kernels.philox import stream_id
-from lowbit_lightning.precision.layers import is_conv1d
 from lowbit_lightning.precision.straight_through import Quantization
+from lowbit_lightning.stash.forwards import is_conv1d
 
 Rounding = Literal["nearest", "stochastic"]
 Gradient = Literal["fp8", "fp4"]

@@ -101,8 +101,8 @@ class StraightThroughLinear(torch.autograd.Function):
         ctx.has_step = step is not None
         ctx.save_for_backward(weight, *saved, *(() if step is None else (step,)))
         w = quantize_weight(weight, how, values.dtype, step)
-        y = linear(values, w, None if bias is None else bias.to(values.dtype))
-        return y.view(*x.shape[:-1], w.shape[0])
+        # Not a view, whose in-place change FSDP2 could not follow.
+        return linear(values.view(x.shape), w, None if bias is None else bias.to(values.dtype))
 
     @staticmethod
     @once_differentiable

@@ -67,7 +67,7 @@ class LinearForward(PatchedForward):
 
     def __init__(self, module: nn.Module, name: str, stash: Stash) -> None:
         super().__init__(module, name, stash)
-        self.transposed = type(module).__name__ == "Conv1D"
+        self.transposed = is_conv1d(module)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -153,6 +153,15 @@ class RedirectedForward(PatchedForward):
         """Run the module."""
         with self.redirect:
             return self.original(*args, **kwargs)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether this is GPT-2's kind of linear layer, whose weight is (in, out); sharded by itself or not."""
+    kind = type(module)
+    return any(
+        (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D") and kind.forward is base.forward
+        for base in kind.__mro__
+    )
 
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

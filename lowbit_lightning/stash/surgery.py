@@ -19,6 +19,7 @@ from lowbit_lightning.stash.forwards import (
     PatchedForward,
     RedirectedForward,
     ReLUForward,
+    is_conv1d,
     shards_itself,
 )
 from lowbit_lightning.stash.loss import CausalLoss, HeadForward, is_causal_loss
@@ -175,7 +176,7 @@ class _Chosen:
 def kind_of(module: nn.Module) -> Kind | None:
     """Return what kind of tensors a module keeps, or None if nothing is known about it."""
     name = type(module).__name__
-    if type(module).forward is nn.Linear.forward or (name == "Conv1D" and _is_from(module, "transformers")):
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
         return "linear"
     if isinstance(module, _NORMS) or (name.endswith(("RMSNorm", "LayerNorm")) and not any(module.children())):
         return "norm"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stash.stash_ranks import WAYS, train, work
+from sharded import WAYS
+from stash.stash_ranks import train, work
 from two_processes import launch
 
 
