@@ -157,7 +157,7 @@ class RedirectedForward(PatchedForward):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether this is GPT-2's kind of linear layer, whose weight is (in, out); sharded by itself or not."""
-    kind = type(module)
+    kind: Any = type(module)
     return any(
         (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D") and kind.forward is base.forward
         for base in kind.__mro__
