@@ -60,6 +60,7 @@ def fit(way: str, folder: Path, sharded: bool, **trainer: Any) -> dict[str, Any]
     )  # fmt: skip
     module = Sharded(way)
     made.fit(module, DataLoader(rows, batch_size=4))  # type: ignore[arg-type]
+    assert sharded == all(isinstance(param, DTensor) for param in module.parameters())
     weights = {
         name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
         for name, param in module.named_parameters()

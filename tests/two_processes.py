@@ -8,8 +8,10 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
@@ -36,6 +38,18 @@ def launch(work: Callable[..., None], *arguments: Any) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start_processes(_on_rank, args=(port, work, arguments), nprocs=2, start_method="forkserver")
+
+
+def launched_once(work: Callable[[int, Path], None]) -> Any:
+    """A fixture for all tests of a file: the folder in which two processes left what ``work(rank, folder)`` did."""
+
+    @pytest.fixture(scope="module")
+    def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        launch(work, folder)
+        return folder
+
+    return launched
 
 
 def exit_code(work: Callable[..., None], *arguments: Any) -> int | None:

@@ -29,19 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from two_processes import launch
+from two_processes import launched_once
 
 from lowbit_lightning.optim import SoloAdamW, state_bytes
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what two processes did, which all tests look at."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launch(work, folder)
-    return folder
+launched = launched_once(work)
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers.pytorch_utils import Conv1D
-from two_processes import launch
+from two_processes import launched_once
 
 from lowbit_lightning.errors import InvalidArgumentError
 from lowbit_lightning.precision import FourBitPrecision
 from lowbit_lightning.stash.surgery import kind_of
 
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    launch(work, folder)
-    return folder
+launched = launched_once(work)
 
 
 @pytest.mark.parametrize("way", WAYS)

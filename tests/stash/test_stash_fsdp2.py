@@ -6,14 +6,9 @@ import pytest
 import torch
 from sharded import WAYS
 from stash.stash_ranks import train, work
-from two_processes import launch
+from two_processes import launched_once
 
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    launch(work, folder)
-    return folder
+launched = launched_once(work)
 
 
 @pytest.mark.parametrize("way", WAYS)
