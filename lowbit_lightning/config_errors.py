@@ -189,8 +189,9 @@ def _wrong_type(given: list[Entry], message: str, innermost: str) -> LowBitError
     expected = dict.fromkeys(_plain(quoted or other) for quoted, other in types)
     if not expected:
         return InvalidArgumentError(f"{where}: {innermost.strip()}")
-    # A value of another type may always be null inside: worth saying only when nothing else is allowed.
-    wanted = [name for name in expected if name != "null"] or ["null"]
+    # A value of another type may always be null inside, and of a class that cannot be made there is nothing to learn:
+    # worth saying only when nothing else is allowed.
+    wanted = [name for name in expected if name != "null" and " is abstract" not in name] or list(expected)
     return InvalidArgumentError(f"{where}: expected {' or '.join(wanted)}, got {value!r}.")
 
 

@@ -521,6 +521,7 @@ def test_mistake_is_explained(complete: dict[str, object], mistake: str, capsys:
         (["--optimizer", "SGDD"], ["the command line", "SGDD", "mean SGD?"]),
         (["--optimizer.lr", "1"], ["the command line", "optimizer.lr = 1", "choose a class first"]),
         (["stray"], ["unexpected argument 'stray'"]),
+        (["-c", "four_bit", "--trainer.plugins.weight=fp5"], ["trainer.plugins.weight", "'mxfp4', got 'fp5'"]),
     ],
 )
 def test_mistake_on_the_command_line_is_explained(
